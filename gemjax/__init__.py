@@ -1,0 +1,1 @@
+"""Meta's GEM and Wukong ads rankers in JAX/Flax for NVIDIA GPUs."""

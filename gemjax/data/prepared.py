@@ -1,0 +1,218 @@
+"""A prepared data set: a folder of block files with the feature set that made them.
+
+  DIR/manifest.json          feature set, files and examples per block of every split
+  DIR/<split>-00000.array_record
+  DIR/vocabularies.json      written by the fitting code, for people and for serving
+
+The folder appears whole or not at all: it is written beside its place and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from gemjax.data.blocks import Columns, encode_block
+from gemjax.features import FeatureSet
+
+MANIFEST = "manifest.json"
+VERSION = 1
+BLOCK_SIZE = 4096
+
+
+class PreparedDataError(ValueError):
+  """A prepared folder that is missing, of another version, incomplete or empty."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+  """One split: its block files, and the examples of each block in file order."""
+
+  files: tuple[str, ...]
+  blocks: tuple[tuple[int, ...], ...]  # Per file, the examples of each block.
+
+  @property
+  def examples(self) -> int:
+    return sum(map(sum, self.blocks))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedData:
+  """What `open_prepared` found: the folder, its features and its splits."""
+
+  path: pathlib.Path
+  features: FeatureSet
+  splits: dict[str, Split]
+  origin: dict[str, Any]  # Data set name, options and notes of the preparation, for people.
+
+  def split(self, name: str) -> Split:
+    if name not in self.splits:
+      raise PreparedDataError(f"{self.path} has no split {name!r}, only {sorted(self.splits)}")
+    split = self.splits[name]
+    if not split.examples:
+      raise PreparedDataError(f"split {name!r} of {self.path} is empty; prepare it again")
+    return split
+
+
+def open_prepared(path: str | os.PathLike) -> PreparedData:
+  """Reads the manifest of `path` and checks that every file it names is there."""
+  path = pathlib.Path(path)
+  file = path / MANIFEST
+  if not file.is_file():
+    raise PreparedDataError(
+      f"{path} is no prepared data set (no {MANIFEST}); make one with "
+      f"`python launch/prepare.py --dataset=NAME --input=PATH --output={path}`"
+    )
+  try:
+    tree = json.loads(file.read_text())
+    if tree["version"] != VERSION:
+      raise PreparedDataError(
+        f"{file}: version {tree['version']}, but this code reads {VERSION}; prepare again"
+      )
+    features = FeatureSet.from_json(tree["features"])
+    splits = {
+      name: Split(files=tuple(s["files"]), blocks=tuple(tuple(b) for b in s["blocks"]))
+      for name, s in tree["splits"].items()
+    }
+  except (KeyError, TypeError, json.JSONDecodeError) as error:
+    raise PreparedDataError(f"{file}: truncated or corrupt ({error}); prepare again") from error
+  for split in splits.values():
+    for name in split.files:
+      if not (path / name).is_file():
+        raise PreparedDataError(f"{path / name} is missing, but {file} names it; prepare again")
+  return PreparedData(path=path, features=features, splits=splits, origin=tree.get("origin", {}))
+
+
+class PreparedWriter:
+  """Writes a prepared folder in bounded memory: `add` columns, `finish` with the features.
+
+  Used as a context manager, it leaves nothing behind if the body raises.
+
+  Columns of `add`, each with one entry an example (n of them): `dense` (n, F) float32, `ids`
+  (n, S) int32, `label` (n, T) uint8, and where the data has them `group` (n,) int32, `oracle`
+  (n, T) float32; `<name>.values` and `<name>.lengths` int32 for every sequence feature.
+  """
+
+  def __init__(self, path: str | os.PathLike, *, block_size: int = BLOCK_SIZE):
+    self._path = pathlib.Path(path)
+    self._partial = self._path.with_name(self._path.name + ".partial")
+    self._block_size = block_size
+    self._pending: dict[str, list[Columns]] = {}
+    self._writers: dict[str, ArrayRecordWriter] = {}
+    self._blocks: dict[str, list[int]] = {}
+    if self._path.exists() and any(self._path.iterdir()):
+      raise PreparedDataError(f"{self._path} exists and is not empty; name another output folder")
+
+  def __enter__(self) -> PreparedWriter:
+    shutil.rmtree(self._partial, ignore_errors=True)
+    self._partial.mkdir(parents=True)
+    return self
+
+  def __exit__(self, kind, value, trace) -> None:
+    for writer in self._writers.values():
+      if writer.is_open():
+        writer.close()
+    shutil.rmtree(self._partial, ignore_errors=True)
+
+  def add(self, split: str, columns: Columns) -> None:
+    """Appends examples to a split, in their order."""
+    self._blocks.setdefault(split, [])
+    pending = self._pending.setdefault(split, [])
+    pending.append(columns)
+    if sum(map(examples, pending)) >= self._block_size:
+      whole = concatenate(pending)
+      n = examples(whole) // self._block_size * self._block_size
+      for start in range(0, n, self._block_size):
+        self._write(split, take(whole, slice(start, start + self._block_size)))
+      self._pending[split] = [take(whole, slice(n, None))]
+
+  def finish(
+    self, features: FeatureSet, *, vocabularies: dict[str, list] | None = None, origin: dict
+  ) -> PreparedData:
+    """Writes what is pending and the manifest, then moves the folder to its place."""
+    for split, pending in self._pending.items():
+      rest = concatenate(pending)
+      if examples(rest):
+        self._write(split, rest)
+    for writer in self._writers.values():
+      writer.close()
+      if not writer.ok():
+        raise OSError(f"writing to {self._partial} failed; is the disk full?")
+    self._verify()
+    splits = {s: {"files": [_file(s)], "blocks": [b]} for s, b in self._blocks.items() if b}
+    if vocabularies is not None:
+      (self._partial / "vocabularies.json").write_text(json.dumps(vocabularies))
+    manifest = {"version": VERSION, "features": features.to_json(), "splits": splits}
+    text = json.dumps(manifest | {"origin": origin}, indent=1)
+    (self._partial / MANIFEST).write_text(text)
+    if self._path.exists():
+      self._path.rmdir()
+    self._partial.rename(self._path)
+    return open_prepared(self._path)
+
+  def _write(self, split: str, columns: Columns) -> None:
+    if split not in self._writers:
+      # One record a group, so that a block can be read alone.
+      file = str(self._partial / _file(split))
+      self._writers[split] = ArrayRecordWriter(file, "group_size:1,zstd:1")
+    writer = self._writers[split]
+    writer.write(encode_block(columns))
+    if not writer.ok():
+      raise OSError(f"writing to {self._partial / _file(split)} failed; is the disk full?")
+    self._blocks[split].append(examples(columns))
+
+  def _verify(self) -> None:
+    """A writer may fail without a word on a full disk: count the records that are there."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for split, blocks in self._blocks.items():
+      if not blocks:
+        continue
+      file = self._partial / _file(split)
+      reader = ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
+      found = reader.num_records() if reader.ok() else 0
+      reader.close()
+      if found != len(blocks):
+        raise OSError(f"{file} holds {found} of {len(blocks)} blocks; is the disk full?")
+
+
+def _file(split: str) -> str:
+  return f"{split}-00000.array_record"
+
+
+def examples(columns: Columns) -> int:
+  """Number of examples of a block."""
+  return len(columns["label"])
+
+
+def concatenate(blocks: list[Columns]) -> Columns:
+  """The examples of all blocks, in order."""
+  return {n: np.concatenate([b[n] for b in blocks]) for n in blocks[0]}
+
+
+def take(columns: Columns, index: slice | np.ndarray) -> Columns:
+  """The examples at `index`, jagged columns included."""
+  out = {}
+  for name, column in columns.items():
+    if name.endswith(".values"):
+      lengths = columns[name.removesuffix("values") + "lengths"]
+      starts = np.concatenate([[0], np.cumsum(lengths)])
+      if isinstance(index, slice):
+        rows = np.arange(len(lengths))[index]
+        first, last = (starts[rows[0]], starts[rows[-1] + 1]) if len(rows) else (0, 0)
+        out[name] = column[first:last]  # Contiguous: slices here have step 1.
+        continue
+      picked = lengths[index]
+      # Event e of picked example b sits at starts[b] + (e - first event of b).
+      shift = starts[:-1][index] - np.concatenate([[0], np.cumsum(picked)[:-1]])
+      out[name] = column[np.repeat(shift, picked) + np.arange(picked.sum())]
+    else:
+      out[name] = column[index]
+  return out

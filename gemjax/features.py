@@ -1,0 +1,166 @@
+"""Features: what a column means, and the batch that carries it.
+
+Lies below data and models, so that neither has to know the other. No JAX here.
+Letters: B examples, F dense features, S sparse features, T tasks, E events of one sequence feature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# The first two rows of every table are reserved, so that "no value" and "a value never seen
+# while fitting" are learnt apart from every real value.
+MISSING = 0
+UNKNOWN = 1
+RESERVED = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Dense:
+  """A real number, stored as z = (f(x) - mean) / std with f = `transform`.
+
+  A missing value is stored as 0, the mean. Where the fitted data had missing values, a second
+  dense feature `<name>.missing` says 1 for missing and 0 for present.
+  """
+
+  name: str
+  transform: str = "identity"  # identity | log1p: sign(x) log(1 + |x|)
+  mean: float = 0.0
+  std: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sparse:
+  """A categorical value, stored as a row of its table: 0 missing, 1 unknown, 2.. the values."""
+
+  name: str
+  size: int  # Rows of the table, the two reserved ones included.
+  table: str  # Features that name the same table share its rows.
+  encoding: str = "vocabulary"  # vocabulary | hash
+  hash_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sequence:
+  """A list of categorical values in time order, stored jagged: the last `max_length` of them."""
+
+  name: str
+  size: int
+  table: str
+  max_length: int
+  encoding: str = "vocabulary"
+  hash_seed: int = 0
+
+
+_KINDS = {"dense": Dense, "sparse": Sparse, "sequence": Sequence}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureSet:
+  """The fitted features of a prepared data set; saved with the data and with every checkpoint."""
+
+  dense: tuple[Dense, ...] = ()
+  sparse: tuple[Sparse, ...] = ()
+  sequence: tuple[Sequence, ...] = ()
+  tasks: tuple[str, ...] = ("label",)
+  grouped: bool = False  # Whether examples carry a user, so that GAUC is defined.
+  vocabularies: str = ""  # Digest of the vocabularies, so that equal sizes with other rows differ.
+
+  def __post_init__(self):
+    names = [f.name for f in (*self.dense, *self.sparse, *self.sequence)] + list(self.tasks)
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+      raise ValueError(f"feature names must be unique, but {twice} appear more than once")
+    if not self.tasks:
+      raise ValueError("a feature set needs at least one task (label column), but has none")
+    sizes: dict[str, tuple[int, str]] = {}
+    for f in (*self.sparse, *self.sequence):
+      if f.size < RESERVED:
+        raise ValueError(f"feature {f.name!r}: a table has at least {RESERVED} rows, got {f.size}")
+      size, other = sizes.setdefault(f.table, (f.size, f.name))
+      if size != f.size:
+        raise ValueError(
+          f"features {other!r} and {f.name!r} share table {f.table!r}, "
+          f"but its size is {size} for one and {f.size} for the other"
+        )
+
+  @property
+  def tables(self) -> dict[str, int]:
+    """Rows of every table, by table name, in order of first use."""
+    return {f.table: f.size for f in (*self.sparse, *self.sequence)}
+
+  def to_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, tree: dict[str, Any]) -> FeatureSet:
+    """Inverse of `to_json`; raises ValueError naming an entry that is missing or not known."""
+    try:
+      kinds = {k: tuple(c(**f) for f in tree[k]) for k, c in _KINDS.items()}
+      rest = {k: v for k, v in tree.items() if k not in _KINDS}
+      return cls(**kinds, **rest | {"tasks": tuple(tree["tasks"])})
+    except (KeyError, TypeError) as error:
+      raise ValueError(f"not a feature set: {error}") from error
+
+  @property
+  def fingerprint(self) -> str:
+    """Digest of everything above: equal if and only if the features are."""
+    text = json.dumps(self.to_json(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+  def difference(self, other: FeatureSet) -> str | None:
+    """The first difference to `other` in words that name the field, or None."""
+    for kind in _KINDS:
+      mine, theirs = ({f.name: f for f in getattr(s, kind)} for s in (self, other))
+      for name in [*mine, *theirs]:
+        if name not in theirs:
+          return f"{kind} feature {name!r} is not in the other"
+        if name not in mine:
+          return f"{kind} feature {name!r} is only in the other"
+        for field in dataclasses.fields(mine[name]):
+          a, b = getattr(mine[name], field.name), getattr(theirs[name], field.name)
+          if a != b:
+            return f"{kind} feature {name!r} has {field.name} {a!r} here and {b!r} in the other"
+      if list(mine) != list(theirs):
+        return f"the {kind} features come in another order: {list(mine)} and {list(theirs)}"
+    for name in ("tasks", "grouped", "vocabularies"):
+      a, b = getattr(self, name), getattr(other, name)
+      if a != b:
+        return f"{name} is {a!r} here and {b!r} in the other"
+    return None
+
+
+class Jagged(NamedTuple):
+  """Lists of one batch, one behind the other: list b holds the next `lengths_B[b]` values.
+
+  The capacity E is at least the sum of the lengths; what lies behind it is MISSING and belongs
+  to no example. E takes few values (see `event_capacity`), so that few programs are compiled.
+  """
+
+  values_E: np.ndarray  # int32
+  lengths_B: np.ndarray  # int32
+
+
+class Batch(NamedTuple):
+  """B examples. Rows with `weight_B` 0 are padding of the last batch of an evaluation."""
+
+  dense_BF: np.ndarray  # float32, standardised
+  ids_BS: np.ndarray  # int32, a row of the feature's own table
+  label_BT: np.ndarray  # float32, 0 or 1
+  weight_B: np.ndarray  # float32, 1 or 0
+  group_B: np.ndarray  # int32, the user, or -1 where the data has none
+  oracle_BT: np.ndarray  # float32, the true probability where known (simulator), else width 0
+  sequences: dict[str, Jagged]
+
+
+def event_capacity(events: int) -> int:
+  """Smallest of 64, 96, 128, 192, 256, ... (2^k and 1.5 * 2^k) that holds `events`."""
+  capacity = 64
+  while capacity < events:
+    capacity = capacity * 3 // 2 if capacity & (capacity - 1) == 0 else capacity * 4 // 3
+  return capacity

@@ -1,0 +1,1 @@
+"""Pallas GPU kernels for jagged user sequences (none yet)."""
