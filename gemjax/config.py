@@ -1,0 +1,256 @@
+"""The experiment: nested typed dataclasses, overridden by flags, validated before any work.
+
+`--config=configs/x.py --config.train.seed=2` overrides a field by its path; a misspelt field is an
+error. The classes are mutable for that reason alone: after `validate` nobody writes to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A field with a value that breaks the law named in the message."""
+
+
+def _need(holds: bool, field: str, value: Any, law: str) -> None:
+  if not holds:
+    raise ConfigError(f"config.{field} is {value!r}, but must be {law}")
+
+
+def _widths(values: Any) -> bool:
+  return isinstance(values, tuple) and all(isinstance(v, int) and v > 0 for v in values)
+
+
+def _real(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
+  return isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Data:
+  path: str = "demo"  # A prepared folder, a raw public set, or "demo" for the simulator.
+  batch_size: int = 4096
+  eval_batch_size: int = 8192
+  window_blocks: int = 16  # Blocks shuffled together: 16 * 4,096 = 65,536 examples.
+  demo_examples: int = 400_000  # Of the simulator, all splits together.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Embedding:
+  dim: int = 16  # d, the width of one unit.
+  units: dict[str, int] = dataclasses.field(
+    default_factory=dict
+  )  # Feature -> units, 1 unless named.
+  small_rows: int = 0  # Tables of fewer rows are small: narrow, grouped, projected to units.
+  small_dim: int = 4  # Width of a small table.
+  small_group: int = 8  # Small features whose rows are concatenated into one MLP.
+  dense_mlp: tuple[int, ...] = (64,)  # Hidden widths from the dense features to their units.
+  dense_units: int = 1
+  init_scale: float = 0.01  # Rows are born N(0, init_scale^2).
+  dtype: str = "float32"  # float32 | bfloat16, the latter with stochastic rounding.
+  optimizer: str = "rowwise_adagrad"  # rowwise_adagrad | adagrad | sgd | lazy_adam
+  learning_rate: float = 0.05
+  eps: float = 1e-8
+  weight_decay: float = (
+    0.0  # Decoupled: w <- (1 - lr * weight_decay) w at every step, looked up or not.
+  )
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Wukong:
+  """Wukong (arXiv 2403.02545); see gemjax/models/wukong.py."""
+
+  layers: int = 3
+  fmb_units: int = 16  # n_F
+  lcb_units: int = 16  # n_L
+  rank: int = 8  # k
+  fm: str = "optimised"  # basic | optimised | attentive
+  mlp: tuple[int, ...] = (256,)
+  head: tuple[int, ...] = (128,)
+  dropout: float = 0.0  # Of hidden activations.
+  feature_dropout: float = 0.0  # Of whole units of the input.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Logistic:
+  """Logistic regression; set embedding.dim to the number of tasks."""
+
+  feature_dropout: float = 0.0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Fm:
+  """Factorisation machine; the first `tasks` columns of a row are its linear weights."""
+
+  feature_dropout: float = 0.0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Dlrm:
+  """DLRM: pairwise dot products beside the dense unit, then an MLP."""
+
+  head: tuple[int, ...] = (256, 128)
+  dropout: float = 0.0
+  feature_dropout: float = 0.0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Dcnv2:
+  """DCN-V2, the parallel structure: cross layers beside an MLP."""
+
+  layers: int = 3
+  mlp: tuple[int, ...] = (256, 128)
+  dropout: float = 0.0
+  feature_dropout: float = 0.0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Mlp:
+  """A plain deep network on the concatenated units (DNN of the BARS tables)."""
+
+  head: tuple[int, ...] = (256, 128)
+  dropout: float = 0.0
+  feature_dropout: float = 0.0
+
+
+Model = Wukong | Logistic | Fm | Dlrm | Dcnv2 | Mlp
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Optimizer:
+  """Adam for the dense parameters."""
+
+  learning_rate: float = 1e-3
+  warmup: float = 0.0  # Share of the steps with linear warm-up, tables included.
+  schedule: str = "constant"  # constant | linear | cosine: what follows the warm-up.
+  clip_norm: float = 0.0  # Of the global gradient norm; 0 is off.
+  l2: float = 0.0  # Added to the gradient of kernels as l2 * w.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Train:
+  epochs: float = 1.0
+  steps: int = 0  # Overrides epochs where positive.
+  seed: int = 0
+  dtype: str = "float32"  # Of the computation; parameters stay float32.
+  task_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # 1 unless named.
+  log_every: int = 50
+  eval_every: float = 1.0  # In epochs; 0: only at the end.
+  stop_metric: str = "auc"  # Of the first task on valid: auc | gauc | ne | log_loss.
+  patience: int = 0  # Evaluations without a better metric before the run stops; 0: never.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Checkpoint:
+  every: int = 0  # Steps; 0: at every evaluation.
+  keep: int = 2  # Latest kept, beside the best.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Config:
+  """One experiment."""
+
+  name: str
+  data: Data = dataclasses.field(default_factory=Data)
+  embedding: Embedding = dataclasses.field(default_factory=Embedding)
+  model: Model = dataclasses.field(default_factory=Wukong)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  train: Train = dataclasses.field(default_factory=Train)
+  checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+
+  def to_json(self) -> dict[str, Any]:
+    tree = dataclasses.asdict(self)
+    tree["model"] = {"kind": type(self.model).__name__, **tree["model"]}
+    return tree
+
+  def validate(self) -> None:
+    """Raises ConfigError for the first field outside its law."""
+    data, emb, opt, train = self.data, self.embedding, self.optimizer, self.train
+    for name in ("batch_size", "eval_batch_size", "window_blocks"):
+      value = getattr(data, name)
+      _need(isinstance(value, int) and value > 0, f"data.{name}", value, "a positive whole number")
+    _need(data.demo_examples >= 20_000, "data.demo_examples", data.demo_examples, "at least 20000")
+    for name in ("dim", "small_dim", "small_group", "dense_units"):
+      value = getattr(emb, name)
+      _need(
+        isinstance(value, int) and value > 0, f"embedding.{name}", value, "a positive whole number"
+      )
+    _need(
+      all(isinstance(u, int) and u > 0 for u in emb.units.values()),
+      "embedding.units", emb.units, "a positive whole number for every feature",
+    )  # fmt: skip
+    _need(_widths(emb.dense_mlp), "embedding.dense_mlp", emb.dense_mlp, "a tuple of widths")
+    for name in ("init_scale", "learning_rate", "eps", "weight_decay"):
+      value = getattr(emb, name)
+      _need(_real(value), f"embedding.{name}", value, "a finite number of at least 0")
+    decay = emb.learning_rate * emb.weight_decay
+    _need(
+      decay < 1, "embedding.weight_decay", emb.weight_decay, "below 1 / embedding.learning_rate"
+    )
+    _one_of(emb.dtype, "embedding.dtype", "float32", "bfloat16")
+    _one_of(emb.optimizer, "embedding.optimizer", "rowwise_adagrad", "adagrad", "sgd", "lazy_adam")
+    _validate_model(self.model)
+    for name in ("learning_rate", "clip_norm", "l2"):
+      value = getattr(opt, name)
+      _need(_real(value), f"optimizer.{name}", value, "a finite number of at least 0")
+    _need(_real(opt.warmup, high=1.0), "optimizer.warmup", opt.warmup, "a share of steps in [0, 1]")
+    _one_of(opt.schedule, "optimizer.schedule", "constant", "linear", "cosine")
+    _need(train.steps >= 0, "train.steps", train.steps, "at least 0")
+    _need(
+      train.steps or (_real(train.epochs) and train.epochs),
+      "train.epochs",
+      train.epochs,
+      "positive",
+    )
+    _need(_real(train.eval_every), "train.eval_every", train.eval_every, "at least 0")
+    _need(train.seed >= 0, "train.seed", train.seed, "at least 0")
+    _need(train.log_every > 0, "train.log_every", train.log_every, "positive")
+    _need(train.patience >= 0, "train.patience", train.patience, "at least 0")
+    _one_of(train.dtype, "train.dtype", "float32", "bfloat16")
+    _one_of(train.stop_metric, "train.stop_metric", "auc", "gauc", "ne", "log_loss")
+    _need(self.checkpoint.every >= 0, "checkpoint.every", self.checkpoint.every, "at least 0")
+    _need(self.checkpoint.keep >= 1, "checkpoint.keep", self.checkpoint.keep, "at least 1")
+
+
+def _one_of(value: str, field: str, *allowed: str) -> None:
+  _need(value in allowed, field, value, f"one of {', '.join(allowed)}")
+
+
+def _validate_model(model: Model) -> None:
+  for field in dataclasses.fields(model):
+    name, value = f"model.{field.name}", getattr(model, field.name)
+    if field.name in ("mlp", "head"):
+      _need(_widths(value), name, value, "a tuple of positive widths")
+    elif field.name.endswith("dropout"):
+      _need(_real(value) and value < 1, name, value, "in [0, 1)")
+    elif field.name == "fm":
+      _one_of(value, name, "basic", "optimised", "attentive")
+    else:
+      _need(isinstance(value, int) and value > 0, name, value, "a positive whole number")
+
+
+# Fields that may change between the start of a run and its resumption: they move no weight.
+FREE_ON_RESUME = (
+  "name", "data.path", "data.eval_batch_size", "train.log_every", "train.patience",
+  "checkpoint.every", "checkpoint.keep",
+)  # fmt: skip
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
+  """The first field in which two `to_json` trees differ, in words; free fields excepted."""
+  for key in [*old, *(k for k in new if k not in old)]:
+    path = prefix + key
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict) and a and b:
+      found = difference(a, b, path + ".")
+      if found:
+        return found
+    elif _plain(a) != _plain(b) and path not in FREE_ON_RESUME:
+      return f"config.{path} was {a!r} and is now {b!r}"
+  return None
+
+
+def _plain(value: Any) -> Any:
+  return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,87 @@
+"""Optimisers of table rows: each sees only the rows that a batch looked up.
+
+All take the gradient after the duplicates of a batch were summed, in float32, and return the step
+to subtract. Letters: M looked-up rows, R rows of the stack, W width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Slots = dict[str, jax.Array]  # One array a slot, first axis R (stored) or M (gathered).
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowOptimizer:
+  """`init(rows, width) -> slots`; `step(grad_MW, slots, lr, t) -> (delta_MW, slots)`, t from 1."""
+
+  init: Callable[[int, int], Slots]
+  step: Callable[[jax.Array, Slots, jax.Array, jax.Array], tuple[jax.Array, Slots]]
+
+
+def rowwise_adagrad(eps: float = 1e-8) -> RowOptimizer:
+  """AdaGrad with one accumulator a row: v += mean_w(g^2); delta = lr g / (sqrt(v) + eps).
+
+  Source: FBGEMM's EXACT_ROWWISE_ADAGRAD; the optimiser of the Wukong paper (section 4).
+  """
+
+  def step(grad_MW, slots, lr, t):
+    v_M = slots["v"] + jnp.mean(jnp.square(grad_MW), axis=1)
+    return lr * grad_MW / (jnp.sqrt(v_M)[:, None] + eps), {"v": v_M}
+
+  return RowOptimizer(lambda rows, width: {"v": jnp.zeros((rows,))}, step)
+
+
+def adagrad(eps: float = 1e-8) -> RowOptimizer:
+  """AdaGrad (Duchi et al. 2011): v += g^2; delta = lr g / (sqrt(v) + eps), one v a weight."""
+
+  def step(grad_MW, slots, lr, t):
+    v_MW = slots["v"] + jnp.square(grad_MW)
+    return lr * grad_MW / (jnp.sqrt(v_MW) + eps), {"v": v_MW}
+
+  return RowOptimizer(lambda rows, width: {"v": jnp.zeros((rows, width))}, step)
+
+
+def sgd(eps: float = 0.0) -> RowOptimizer:
+  """delta = lr g; `eps` is unused."""
+  del eps
+  return RowOptimizer(lambda rows, width: {}, lambda grad_MW, slots, lr, t: (lr * grad_MW, {}))
+
+
+def lazy_adam(eps: float = 1e-8, b1: float = 0.9, b2: float = 0.999) -> RowOptimizer:
+  """Adam whose moments move only where a row was looked up.
+
+  m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, n += 1,
+  delta = lr (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps)
+
+  with n the row's own number of look-ups, so that a rare row's first step is as long as a frequent
+  one's (a global n would leave its moments biased towards zero: tensorflow#23668).
+  """
+
+  def init(rows, width):
+    moments = {name: jnp.zeros((rows, width)) for name in ("m", "v")}
+    return moments | {"n": jnp.zeros((rows,))}
+
+  def step(grad_MW, slots, lr, t):
+    n_M = slots["n"] + 1
+    m_MW = b1 * slots["m"] + (1 - b1) * grad_MW
+    v_MW = b2 * slots["v"] + (1 - b2) * jnp.square(grad_MW)
+    # 1 - b^n by expm1: in float32 1 - 0.999^1 would keep only four digits.
+    m_scale = -jnp.expm1(n_M * jnp.log(b1))[:, None]
+    v_scale = -jnp.expm1(n_M * jnp.log(b2))[:, None]
+    delta_MW = lr * (m_MW / m_scale) / (jnp.sqrt(v_MW / v_scale) + eps)
+    return delta_MW, {"m": m_MW, "v": v_MW, "n": n_M}
+
+  return RowOptimizer(init, step)
+
+
+ROW_OPTIMIZERS = {
+  "rowwise_adagrad": rowwise_adagrad,
+  "adagrad": adagrad,
+  "sgd": sgd,
+  "lazy_adam": lazy_adam,
+}

@@ -1,0 +1,166 @@
+"""A stack of tables: lookup, and an update that reads and writes only the looked-up rows.
+
+Nothing here has a stack's shape but the stack itself: gradients and temporaries follow the M ids
+of the batch. An id of R (one beyond the last row) is padding: it reads zeros and updates nothing.
+
+Letters: M ids of a batch (duplicates allowed), R rows, W width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS, RowOptimizer, Slots
+
+
+class Stack(NamedTuple):
+  """The state of one stack.
+
+  Decay that is decoupled from the gradient shrinks every row at every step,
+  w <- (1 - lr_t decay) w, but is written only when a row is looked up: with
+  C_t = sum_{s <= t} log(1 - lr_s decay), a row last written at step s stands for
+  w exp(C_t - C_s). `marks_R` keeps C_s; C_t is `log_decay` (value and rounding error of its sum).
+  Both are None where there is no decay.
+  """
+
+  rows_RW: jax.Array
+  slots: Slots
+  marks_R: jax.Array | None
+  log_decay: jax.Array | None  # (2,) float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StackRule:
+  """How stacks are born and updated; static."""
+
+  optimizer: RowOptimizer
+  decay: float = 0.0
+  init_scale: float = 0.01
+  dtype: str = "float32"
+
+  @classmethod
+  def from_config(cls, config) -> StackRule:
+    """The rule of a `gemjax.config.Embedding`."""
+    return cls(
+      optimizer=ROW_OPTIMIZERS[config.optimizer](config.eps),
+      decay=config.weight_decay,
+      init_scale=config.init_scale,
+      dtype=config.dtype,
+    )
+
+  def init(self, key: jax.Array, rows: int, width: int) -> Stack:
+    """Rows from N(0, init_scale^2), slots of zeros."""
+    rows_RW = self.init_scale * jax.random.normal(key, (rows, width))
+    return Stack(
+      rows_RW=rows_RW.astype(self.dtype),
+      slots=self.optimizer.init(rows, width),
+      marks_R=jnp.zeros((rows,)) if self.decay else None,
+      log_decay=jnp.zeros((2,)) if self.decay else None,
+    )
+
+  def lookup(self, stack: Stack, ids_M: jax.Array) -> jax.Array:
+    """(M, W) float32: the rows as a dense optimiser would have them now; zeros for id R."""
+    rows_MW = stack.rows_RW.at[ids_M].get(mode="fill", fill_value=0).astype(jnp.float32)
+    if not self.decay:
+      return rows_MW
+    return rows_MW * _missed(stack.marks_R, ids_M, stack.log_decay[0])[:, None]
+
+  def update(
+    self,
+    stack: Stack,
+    ids_M: jax.Array,
+    grad_MW: jax.Array,
+    learning_rate: jax.Array,
+    step: jax.Array,
+    key: jax.Array | None = None,
+  ) -> Stack:
+    """One optimiser step on the rows of `ids_M`: duplicates are summed first, other rows keep
+    their bits.
+
+    w <- (1 - lr decay) w - delta(g), with the decay of the steps a row missed applied before.
+
+    Args:
+      stack: Its buffers are overwritten where the caller donates them.
+      ids_M: int32 rows, R for padding.
+      grad_MW: Gradient with respect to each looked-up row.
+      learning_rate: Scalar of this step.
+      step: This step's number, from 1.
+      key: Randomness of the rounding; needed for bfloat16 rows alone.
+    """
+    unique_M, sum_MW = sum_duplicates(ids_M, grad_MW, len(stack.rows_RW))
+    gather = lambda array: array.at[unique_M].get(
+      mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
+    )
+    scatter = lambda array, new: array.at[unique_M].set(
+      new.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
+    )
+    old_MW = gather(stack.rows_RW).astype(jnp.float32)
+    slots = jax.tree.map(gather, stack.slots)
+    delta_MW, new_slots = self.optimizer.step(sum_MW, slots, learning_rate, step)
+    marks_R, log_decay = stack.marks_R, stack.log_decay
+    if self.decay:
+      log_decay = _add(log_decay, jnp.log1p(-learning_rate * self.decay))
+      old_MW *= _missed(marks_R, unique_M, log_decay[0])[:, None]
+      marks_R = scatter(marks_R, jnp.broadcast_to(log_decay[0], unique_M.shape))
+    new_MW = old_MW - delta_MW
+    if stack.rows_RW.dtype == jnp.bfloat16:
+      new_MW = round_stochastically(new_MW, key)
+    return Stack(
+      rows_RW=scatter(stack.rows_RW, new_MW),
+      slots=jax.tree.map(scatter, stack.slots, new_slots),
+      marks_R=marks_R,
+      log_decay=log_decay,
+    )
+
+
+def sum_duplicates(
+  ids_M: jax.Array, grad_MW: jax.Array, padding: int
+) -> tuple[jax.Array, jax.Array]:
+  """Unique ids in ascending order with the sum of their gradients; the tail holds `padding`.
+
+  Sorted first, so that equal ids are summed one after the other: no contended atomic add on a
+  GPU, and the same bits in every run.
+  """
+  count = len(ids_M)
+  sorted_M, order_M = jax.lax.sort_key_val(ids_M, jnp.arange(count, dtype=jnp.int32))
+  first_M = jnp.concatenate([jnp.ones((1,), bool), sorted_M[1:] != sorted_M[:-1]])
+  segment_M = jnp.cumsum(first_M.astype(jnp.int32)) - 1
+  sum_MW = jax.ops.segment_sum(
+    grad_MW.at[order_M].get(mode="promise_in_bounds", unique_indices=True),
+    segment_M,
+    count,
+    indices_are_sorted=True,
+    mode="promise_in_bounds",
+  )
+  unique_M = jnp.full((count,), padding, ids_M.dtype)
+  unique_M = unique_M.at[segment_M].set(sorted_M, indices_are_sorted=True)
+  return unique_M, sum_MW
+
+
+def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+  """bfloat16 by adding 16 random bits below the kept ones and cutting: E[result] = x.
+
+  Non-finite values pass unchanged.
+  """
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  cut = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+  return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
+
+
+def _missed(marks_R: jax.Array, ids_M: jax.Array, log_decay: jax.Array) -> jax.Array:
+  """exp(C_t - C_s): what a row has shrunk by since it was last written."""
+  marks_M = marks_R.at[ids_M].get(mode="fill", fill_value=0)
+  return jnp.exp(log_decay - marks_M)
+
+
+def _add(sum_2: jax.Array, term: jax.Array) -> jax.Array:
+  """Compensated sum (Kahan): C grows to -100 by steps of 1e-4 that float32 alone would round."""
+  value, error = sum_2
+  corrected = term - error
+  total = value + corrected
+  return jnp.stack([total, (total - value) - corrected])

@@ -1,0 +1,37 @@
+"""A multi-layer perceptron: ReLU after every hidden layer, none after the last."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from gemjax.layers.dropout import Key, dropout, fold
+
+
+class Mlp(nnx.Module):
+  """x_BI -> x_BO: h <- dropout(relu(h W_i + b_i)) for the hidden widths, then h W + b.
+
+  Kernels are born with variance 1 / fan-in (LeCun), biases at zero.
+  """
+
+  def __init__(
+    self,
+    inputs: int,
+    hidden: tuple[int, ...],
+    outputs: int,
+    *,
+    dtype: str,
+    rngs: nnx.Rngs,
+    dropout: float = 0.0,
+  ):
+    widths = (inputs, *hidden, outputs)
+    self.dropout = dropout
+    self.layers = nnx.List(
+      [nnx.Linear(i, o, dtype=dtype, rngs=rngs) for i, o in zip(widths, widths[1:])]
+    )
+
+  def __call__(self, x_BI: jax.Array, key: Key = None) -> jax.Array:
+    h = x_BI
+    for i, layer in enumerate(self.layers[:-1]):
+      h = dropout(jax.nn.relu(layer(h)), self.dropout, fold(key, i))
+    return self.layers[-1](h)

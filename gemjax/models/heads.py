@@ -1,0 +1,31 @@
+"""Task heads: one MLP a task on a shared trunk."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemjax.layers.dropout import Key, fold
+from gemjax.layers.mlp import Mlp
+
+
+class Heads(nnx.Module):
+  """x_BI -> logits_BT float32, task t by an MLP of its own."""
+
+  def __init__(
+    self,
+    inputs: int,
+    hidden: tuple[int, ...],
+    tasks: int,
+    dropout: float,
+    dtype: str,
+    rngs: nnx.Rngs,
+  ):
+    self.heads = nnx.List(
+      [Mlp(inputs, hidden, 1, dtype=dtype, rngs=rngs, dropout=dropout) for _ in range(tasks)]
+    )
+
+  def __call__(self, x_BI: jax.Array, key: Key = None) -> jax.Array:
+    logits = [head(x_BI, fold(key, t)) for t, head in enumerate(self.heads)]
+    return jnp.concatenate(logits, 1).astype(jnp.float32)

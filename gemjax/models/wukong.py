@@ -1,0 +1,104 @@
+"""Wukong: stacked factorization machines (Zhang et al. 2024, arXiv 2403.02545).
+
+  X_{i+1} = LN(concat(FMB_i(X_i), LCB_i(X_i)) + R_i(X_i))
+  FMB(X)  = reshape_{nF x d}(MLP(LN(flatten(FM(X)))))
+  LCB(X)  = W_L X
+  ŷ       = MLP(flatten(X_l))
+
+| choice                                                  | whose |
+|---------------------------------------------------------|-------|
+| FM basic, optimised X (Xᵀ Y), attentive Y(X)             | paper |
+| R: identity, a linear map over units where shapes differ | paper |
+| LN before FMB's MLP over all n k products                | paper |
+| ReLU inside MLPs, none on the output of FMB              | paper |
+| one head for each task on a shared trunk                 | paper |
+| LN of a layer's output spans d, each unit alone          | ours  |
+| widths of the attentive Y's MLP                          | ours  |
+| variance 1 / fan-in for every weight, Y and W_L: fan-in n | ours  |
+| dropout after each hidden layer, feature dropout on X0   | ours  |
+| layers 2..l in one scan: compile time independent of l   | ours  |
+
+Letters: B examples, N units, D width of a unit, T tasks.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from gemjax import config as config_lib
+from gemjax.layers.dropout import Key, fold
+from gemjax.layers.interaction import FactorizationMachine, UnitLinear
+from gemjax.layers.mlp import Mlp
+from gemjax.models.heads import Heads
+
+
+class WukongLayer(nnx.Module):
+  """One layer: (B, N, D) -> (B, nF + nL, D)."""
+
+  def __init__(self, config: config_lib.Wukong, units: int, dim: int, dtype: str, rngs: nnx.Rngs):
+    outputs = config.fmb_units + config.lcb_units
+    self.fm = FactorizationMachine(config.fm, units, dim, config.rank, dtype=dtype, rngs=rngs)
+    self.fm_norm = nnx.LayerNorm(self.fm.outputs, dtype=dtype, rngs=rngs)
+    self.mlp = Mlp(
+      self.fm.outputs,
+      config.mlp,
+      config.fmb_units * dim,
+      dtype=dtype,
+      rngs=rngs,
+      dropout=config.dropout,
+    )
+    self.compress = UnitLinear(units, config.lcb_units, dtype=dtype, rngs=rngs)
+    self.residual = None
+    if units != outputs:
+      self.residual = UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
+    self.norm = nnx.LayerNorm(dim, dtype=dtype, rngs=rngs)
+    self.dim = dim
+
+  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
+    flat = self.mlp(self.fm_norm(self.fm(x_BND, fold(key, 0))), fold(key, 1))
+    fmb = rearrange(flat, "b (n d) -> b n d", d=self.dim)
+    residual = x_BND if self.residual is None else self.residual(x_BND)
+    return self.norm(jnp.concatenate([fmb, self.compress(x_BND)], 1) + residual)
+
+
+class Wukong(nnx.Module):
+  """X0 -> one logit a task; see the module's docstring."""
+
+  def __init__(
+    self,
+    config: config_lib.Wukong,
+    *,
+    units: int,
+    dim: int,
+    tasks: int,
+    dtype: str,
+    rngs: nnx.Rngs,
+  ):
+    outputs = config.fmb_units + config.lcb_units
+    make = lambda units, rngs: WukongLayer(config, units, dim, dtype, rngs)
+    # Where X0 already has the shape of the others, every layer goes into the scan.
+    self.first = None if units == outputs else make(units, rngs)
+    self.depth = config.layers - (self.first is not None)
+    self.layers = None
+    if self.depth:
+      stacked = nnx.split_rngs(splits=self.depth)(
+        nnx.vmap(lambda rngs: make(outputs, rngs), in_axes=(0,), out_axes=0)
+      )
+      self.layers = stacked(rngs)
+    self.heads = Heads(outputs * dim, config.head, tasks, config.dropout, dtype, rngs)
+
+  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
+    if self.first is not None:
+      x_BND = self.first(x_BND, fold(key, 0))
+    if self.layers is not None:
+      graph, weights = nnx.split(self.layers)
+
+      def layer(x_BND, at):
+        weights, index = at
+        return nnx.merge(graph, weights)(x_BND, fold(fold(key, 1), index)), None
+
+      x_BND, _ = jax.lax.scan(layer, x_BND, (weights, jnp.arange(self.depth)))
+    return self.heads(rearrange(x_BND, "b n d -> b (n d)"), fold(key, 2))
