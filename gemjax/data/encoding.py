@@ -1,0 +1,175 @@
+"""Encoding: fits features on the train split, then turns chunks of raw rows into block columns.
+
+Letters: B examples, E events of one sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from gemjax.data import values
+from gemjax.data.blocks import Columns
+from gemjax.data.raw import Chunk, RawDataError
+from gemjax.data.schema import Schema
+from gemjax.data.vocabulary import Counter, Hash, Vocabulary, digest
+from gemjax.features import MISSING, RESERVED, Dense, FeatureSet, Sequence, Sparse
+
+
+@dataclasses.dataclass(slots=True)
+class Moments:
+  """Running mean and sum of squared deviations in float64 (Chan et al. 1983)."""
+
+  count: int = 0
+  mean: float = 0.0
+  squares: float = 0.0
+  missing: bool = False  # Whether any value was.
+
+  def add(self, x_B: np.ndarray) -> None:
+    present = x_B[~np.isnan(x_B)]
+    self.missing |= len(present) < len(x_B)
+    if not len(present):
+      return
+    with np.errstate(over="ignore", invalid="ignore"):
+      n, mean = self.count + len(present), present.mean()
+      delta = mean - self.mean
+      self.squares += float(
+        np.square(present - mean).sum() + delta**2 * (self.count * len(present) / n)
+      )
+      self.mean += float(delta * (len(present) / n))
+    self.count = n
+
+  @property
+  def std(self) -> float:
+    """1 where nothing varies, so that a constant is stored as 0."""
+    return math.sqrt(self.squares / self.count) or 1.0 if self.count else 1.0
+
+
+class Encoder:
+  """Turns rows into columns of a prepared block; made by `fit`, keeps the index of users."""
+
+  def __init__(
+    self, schema: Schema, moments: dict[str, Moments], tables: dict[str, Vocabulary | Hash]
+  ):
+    self._schema, self._tables = schema, tables
+    self._users: dict[str, int] = {}
+    dense = []
+    for name, m in moments.items():
+      transform = schema.columns[name].transform
+      if not math.isfinite(m.mean) or not math.isfinite(m.std):
+        raise RawDataError(
+          f"column {name!r} holds values too large to standardise; give it transform = 'log1p'"
+        )
+      dense.append(Dense(name=name, transform=transform, mean=m.mean, std=m.std))
+      if m.missing and schema.columns[name].missing == "keep":
+        dense.append(Dense(name=f"{name}.missing"))
+    self.vocabularies = {t: v.values for t, v in tables.items() if isinstance(v, Vocabulary)}
+    self.features = FeatureSet(
+      dense=tuple(dense),
+      sparse=tuple(Sparse(**self._table(n)) for n in schema.of_kind("sparse")),
+      sequence=tuple(
+        Sequence(**self._table(n), max_length=c.max_length)
+        for n, c in schema.of_kind("sequence").items()
+      ),
+      tasks=tuple(schema.of_kind("label")),
+      grouped=bool(schema.user),
+      vocabularies=digest(self.vocabularies),
+    )
+
+  def _table(self, name: str) -> dict:
+    column = self._schema.columns[name]
+    table = column.table or name
+    size = self._tables[table].size
+    kind = {"encoding": column.encoding, "hash_seed": column.seed}
+    return {"name": name, "table": table, "size": size, **kind}
+
+  def encode(self, chunk: Chunk) -> Columns:
+    """The columns that `PreparedWriter.add` takes; raises RawDataError with the row."""
+    B, schema = len(chunk.frame), self._schema
+    dense_BF = np.zeros((B, len(self.features.dense)), np.float32)
+    for f, feature in enumerate(self.features.dense):
+      if feature.name in schema.columns:
+        x_B = values.dense(chunk, feature.name, schema)
+        missing_B = np.isnan(x_B)
+        with np.errstate(over="ignore"):
+          dense_BF[:, f] = np.where(missing_B, 0, (x_B - feature.mean) / feature.std)
+        if len(wrong := np.flatnonzero(np.isinf(dense_BF[:, f]))):
+          raise RawDataError(
+            f"{chunk.at(wrong[0])}: column {feature.name!r} is {x_B[wrong[0]]:g}, too large "
+            "for float32 once standardised; mend the row or give the column transform = 'log1p'"
+          )
+      else:  # <name>.missing comes right behind <name>.
+        dense_BF[:, f] = missing_B
+    ids_BS = np.zeros((B, len(self.features.sparse)), np.int32)
+    for s, feature in enumerate(self.features.sparse):
+      ids_BS[:, s] = self._rows(feature.table, values.categories(chunk, feature.name, schema))
+    label_BT = np.stack([self._label(chunk, t) for t in self.features.tasks], axis=1)
+    columns = {"dense": dense_BF, "ids": ids_BS, "label": label_BT}
+    if schema.user:
+      columns["group"] = self._group(chunk)
+    for feature in self.features.sequence:
+      texts_E, lengths_B = values.events(chunk, feature.name, schema)
+      columns[f"{feature.name}.values"] = self._rows(feature.table, texts_E)
+      columns[f"{feature.name}.lengths"] = lengths_B
+    return columns
+
+  def _rows(self, table: str, texts) -> np.ndarray:
+    rows = self._tables[table].rows(texts.fill_null(""))
+    return np.where(texts.is_null().to_numpy(), np.int32(MISSING), rows)
+
+  def _label(self, chunk: Chunk, name: str) -> np.ndarray:
+    x_B = values.numbers(chunk, name, self._schema.missing_values)
+    values.complete(chunk, name, np.isnan(x_B), "a label is needed")
+    threshold = self._schema.columns[name].threshold
+    if threshold is not None:
+      return (x_B >= threshold).astype(np.uint8)
+    if len(wrong := np.flatnonzero((x_B != 0) & (x_B != 1))):
+      raise RawDataError(
+        f"{chunk.at(wrong[0])}: label {name!r} must be 0 or 1, but is {x_B[wrong[0]]:g}; mend it, "
+        "or give the column a `threshold`"
+      )
+    return x_B.astype(np.uint8)
+
+  def _group(self, chunk: Chunk) -> np.ndarray:
+    """int32 number of the user, in order of first appearance over all splits."""
+    texts = values.texts(chunk, self._schema.user, self._schema.missing_values)
+    values.complete(chunk, self._schema.user, texts.is_null().to_numpy(), "it names the user")
+    coded = texts.rechunk().to_arrow().dictionary_encode()
+    known = [self._users.setdefault(u, len(self._users)) for u in coded.dictionary.to_pylist()]
+    return np.asarray(known, np.int32)[coded.indices.to_numpy(zero_copy_only=False)]
+
+
+def fit(schema: Schema, chunks: Iterable[Chunk]) -> Encoder:
+  """Reads the train split once for means, deviations and vocabularies; returns the encoder."""
+  moments = {n: Moments() for n in schema.of_kind("dense")}
+  categories = schema.of_kind("sparse") | schema.of_kind("sequence")
+  tables = {c.table or n: c for n, c in categories.items()}
+  counters = {t: Counter() for t, c in tables.items() if c.encoding == "vocabulary"}
+  rows = 0
+  for chunk in chunks:
+    rows += len(chunk.frame)
+    for name in moments:
+      moments[name].add(values.dense(chunk, name, schema))
+    for name, column in categories.items():
+      if column.encoding == "hash":
+        continue
+      sequence = column.kind == "sequence"
+      texts = (
+        values.events(chunk, name, schema)[0]
+        if sequence
+        else values.categories(chunk, name, schema)
+      )
+      counters[column.table or name].add(texts)
+  if not rows:
+    raise RawDataError("the split 'train' is empty; give it rows")
+  fitted = {}
+  for table, c in tables.items():
+    if c.encoding == "hash":
+      fitted[table] = Hash(c.rows, c.seed)
+    else:
+      limit = c.rows - RESERVED if c.rows else 0
+      fitted[table] = Vocabulary(counters[table].values(min_count=c.min_count, limit=limit))
+  return Encoder(schema, moments, fitted)

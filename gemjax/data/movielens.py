@@ -1,0 +1,249 @@
+"""MovieLens: ratings with the user's and the movie's side and the user's true past.
+
+An example is a rating; its label says rating >= 4. `history` holds the movies that the same user
+came to strictly before it in time, the last ones if there are many. Both sets are read as
+GroupLens publishes them and as typed tables (RecBole's files for 100K, chronological CSV for 1M).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from gemjax.data.public import Source
+from gemjax.data.raw import BATCH_ROWS, Chunk, RawDataError, TextFile
+from gemjax.data.schema import Column, Schema, SplitRule
+from gemjax.data.values import complete, numbers
+
+HISTORY = 50
+_SCHEMA = Schema(
+  columns={
+    "label": Column(kind="label", threshold=4.0),
+    "user": Column(kind="sparse"),
+    "item": Column(kind="sparse"),
+    "age": Column(kind="sparse"),
+    "gender": Column(kind="sparse"),
+    "occupation": Column(kind="sparse"),
+    "zip": Column(kind="sparse"),  # The first three digits: a region.
+    "year": Column(kind="sparse"),
+    "genres": Column(kind="sequence", max_length=10),
+    "history": Column(kind="sequence", max_length=HISTORY, table="item"),
+  },
+  split=SplitRule(by="time"),
+  user="user",
+  time="time",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Layout:
+  """Three files, and how their columns become ours."""
+
+  events: TextFile
+  users: TextFile
+  items: TextFile
+  event_names: dict[str, str]  # Ours: theirs.
+  user_names: dict[str, str]
+  item_columns: Callable[[pl.DataFrame], pl.DataFrame]  # -> item, year, genres
+
+
+@dataclasses.dataclass(slots=True)
+class MovieLens:
+  """A reader of the three files together; they are small and kept in memory once read."""
+
+  layout: _Layout
+  _loaded: tuple[Chunk, np.ndarray, np.ndarray] | None = None
+
+  @property
+  def path(self) -> pathlib.Path:
+    return self.layout.events.path
+
+  @property
+  def size(self) -> int:
+    return self.layout.events.size
+
+  def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]:
+    """Rated events in the order of the file; `history` is made chunk by chunk."""
+    whole, past, begin_end = self._loaded = self._loaded or self._load()
+    for start in range(0, len(whole.frame), BATCH_ROWS):
+      rows = slice(start, start + BATCH_ROWS)
+      frame = whole.frame[rows]
+      if "history" in columns:
+        frame = frame.with_columns(_lists(past, *begin_end[rows].T).alias("history"))
+      share = self.size * len(frame) // len(whole.frame)
+      yield dataclasses.replace(
+        whole, frame=frame.select(columns), rows_B=whole.rows_B[rows], bytes=share
+      )
+
+  def _load(self) -> tuple[Chunk, np.ndarray, np.ndarray]:
+    files = self.layout
+    events = _renamed(files.events, files.event_names)
+    for name in ("user", "item", "time", "label"):
+      x_B = numbers(events, name)
+      complete(events, name, np.isnan(x_B), "every event needs it")
+      number = pl.Series(name, x_B) if name in ("time", "label") else pl.Series(name, x_B).cast(int)
+      events = dataclasses.replace(events, frame=events.frame.with_columns(number))
+    user, time, item = (events.frame[n].to_numpy() for n in ("user", "time", "item"))
+    order = np.lexsort((np.arange(len(user)), time, user))
+    # Past of event e: the events of its user from the first one to the first at e's own time.
+    _, same_user = np.unique(user[order], return_index=True)
+    first = np.repeat(same_user, np.diff(np.append(same_user, len(order))))
+    moment = np.append(True, (np.diff(user[order]) != 0) | (np.diff(time[order]) != 0))
+    end = np.flatnonzero(moment)[np.cumsum(moment) - 1]
+    begin_end = np.empty((len(order), 2), np.int64)
+    begin_end[order] = np.stack([np.maximum(first, end - HISTORY), end], axis=1)
+    rated = (events.frame["label"] > 0).to_numpy()  # 0 stands for an unknown rating.
+    users = _renamed(files.users, files.user_names).frame
+    users = users.with_columns(pl.col("user").cast(pl.Int64), pl.col("zip").str.slice(0, 3))
+    items = files.item_columns(_whole(files.items).frame)
+    events = events.where(rated)
+    frame = events.frame
+    for side, key in ((users, "user"), (items, "item")):
+      frame = frame.join(side.unique(key), on=key, how="left", maintain_order="left")
+    return dataclasses.replace(events, frame=frame), item[order], begin_end[rated]
+
+
+def movielens_100k(path: pathlib.Path) -> Source:
+  """`ml-100k.{inter,user,item}`, or the published u.data, u.user, u.item and u.genre."""
+  if _has(path, "ml-100k.inter", "ml-100k.user", "ml-100k.item"):
+    read = lambda kind: TextFile(path / f"ml-100k.{kind}", "\t", quote=None)
+    layout = _Layout(
+      events=read("inter"),
+      users=read("user"),
+      items=read("item"),
+      event_names={
+        "user": "user_id:token",
+        "item": "item_id:token",
+        "label": "rating:float",
+        "time": "timestamp:float",
+      },
+      user_names={n: f"{n}:token" for n in ("age", "gender", "occupation")}
+      | {"user": "user_id:token", "zip": "zip_code:token"},
+      item_columns=lambda t: t.select(
+        pl.col("item_id:token").cast(pl.Int64).alias("item"),
+        pl.col("release_year:token").alias("year"),
+        pl.col("class:token_seq").str.split(" ").alias("genres"),
+      ),
+    )
+  elif _has(path, "u.data", "u.user", "u.item", "u.genre"):
+    genres = _whole(TextFile(path / "u.genre", "|", ("genre", "number"), None)).frame["genre"]
+    genres = genres.drop_nulls().to_list()
+    names = ("item", "title", "date", "video", "url", *genres)
+    layout = _Layout(
+      events=_file(path / "u.data", "\t", "user item label time"),
+      users=_file(path / "u.user", "|", "user age gender occupation zip"),
+      items=TextFile(path / "u.item", "|", names, None, "latin-1"),
+      event_names=_same("user item label time"),
+      user_names=_same("user age gender occupation zip"),
+      item_columns=lambda t: t.select(
+        pl.col("item").cast(pl.Int64),
+        pl.col("date").str.slice(-4).alias("year"),
+        pl.concat_list(pl.when(pl.col(g) == "1").then(pl.lit(g)) for g in genres)
+        .list.drop_nulls()
+        .alias("genres"),
+      ),
+    )
+  else:
+    raise RawDataError(
+      f"{path} must hold ml-100k.inter, .user and .item, or u.data, u.user, u.item and u.genre"
+    )
+  return Source(_SCHEMA, {"": (MovieLens(layout),)})
+
+
+def movielens_1m(path: pathlib.Path) -> Source:
+  """`interactions_chronological.csv`, `users.tsv` and `movies.tsv`, or the published *.dat.
+
+  In the first, events of rating 0 are known only to have happened: they are past, no examples.
+  """
+  events, users = "user item label time", "user gender age occupation zip"
+  if _has(path, "interactions_chronological.csv", "users.tsv", "movies.tsv"):
+    layout = _Layout(
+      events=TextFile(path / "interactions_chronological.csv", quote=None),
+      users=_file(path / "users.tsv", "\t", users),
+      items=_file(path / "movies.tsv", "\t", "item title genres"),
+      event_names={"user": "user_id", "item": "item_id", "label": "rating", "time": "timestamp"},
+      user_names=_same(users),
+      item_columns=_titled,
+    )
+  elif _has(path, "ratings.dat", "users.dat", "movies.dat"):
+    layout = _Layout(
+      events=_file(path / "ratings.dat", "::", events),
+      users=_file(path / "users.dat", "::", users),
+      items=dataclasses.replace(
+        _file(path / "movies.dat", "::", "item title genres"), encoding="latin-1"
+      ),
+      event_names=_same(events),
+      user_names=_same(users),
+      item_columns=_titled,
+    )
+  else:
+    raise RawDataError(
+      f"{path} must hold interactions_chronological.csv, users.tsv and movies.tsv, "
+      "or ratings.dat, users.dat and movies.dat"
+    )
+  return Source(_SCHEMA, {"": (MovieLens(layout),)})
+
+
+def is_movielens_100k(path: pathlib.Path) -> bool:
+  return _has(path, "ml-100k.inter") or _has(path, "u.data", "u.user", "u.item")
+
+
+def is_movielens_1m(path: pathlib.Path) -> bool:
+  return any(
+    _has(path, *names)
+    for names in (
+      ("interactions_chronological.csv", "users.tsv", "movies.tsv"),
+      ("ratings.dat", "users.dat", "movies.dat"),
+    )
+  )
+
+
+def _titled(items: pl.DataFrame) -> pl.DataFrame:
+  return items.select(
+    pl.col("item").cast(pl.Int64),
+    pl.col("title").str.extract(r"\((\d{4})\)\s*$").alias("year"),
+    pl.col("genres").str.split("|"),
+  )
+
+
+def _lists(values: np.ndarray, begin_B: np.ndarray, end_B: np.ndarray) -> pl.Series:
+  """A series whose row b is values[begin_B[b] : end_B[b]]."""
+  stop_B = np.cumsum(end_B - begin_B)
+  start_B = stop_B - (end_B - begin_B)
+  index = np.arange(stop_B[-1]) + np.repeat(begin_B - start_B, end_B - begin_B)
+  offsets = np.append(0, stop_B)
+  return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(offsets, values[index])))
+
+
+def _whole(file: TextFile, columns: Sequence[str] | None = None) -> Chunk:
+  chunks = list(file.chunks(columns or file.names or _header(file)))
+  frame = pl.concat([c.frame for c in chunks])
+  rows_B = np.concatenate([c.rows_B for c in chunks])
+  return dataclasses.replace(chunks[0], frame=frame, rows_B=rows_B)
+
+
+def _header(file: TextFile) -> list[str]:
+  with open(file.path, encoding=file.encoding) as lines:
+    return lines.readline().rstrip("\r\n").split(file.delimiter)
+
+
+def _renamed(file: TextFile, names: dict[str, str]) -> Chunk:
+  chunk = _whole(file, list(names.values()))
+  return dataclasses.replace(chunk, frame=chunk.frame.rename({v: k for k, v in names.items()}))
+
+
+def _file(path: pathlib.Path, delimiter: str, names: str) -> TextFile:
+  return TextFile(path, delimiter, tuple(names.split()), None)
+
+
+def _same(names: str) -> dict[str, str]:
+  return {n: n for n in names.split()}
+
+
+def _has(path: pathlib.Path, *names: str) -> bool:
+  return all((path / n).is_file() for n in names)

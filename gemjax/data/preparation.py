@@ -1,0 +1,145 @@
+"""Preparation: raw data in, prepared folder out, in two streaming passes and bounded memory."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import tqdm
+
+from gemjax.data import movielens, public, table
+from gemjax.data.encoding import fit
+from gemjax.data.prepared import PreparedData, PreparedWriter
+from gemjax.data.public import Source
+from gemjax.data.raw import Chunk, RawDataError, Reader, existing
+from gemjax.data.schema import SPLITS, Schema, SchemaError, load_schema
+from gemjax.data.values import complete, numbers
+from gemjax.data.vocabulary import mix
+
+# Name: how to open it, and how to tell it from a path.
+_PUBLIC: dict[str, tuple[Callable[[pathlib.Path], Source], Callable[[pathlib.Path], bool]]] = {
+  "frappe": (public.frappe, public.is_frappe),
+  "movielens-100k": (movielens.movielens_100k, movielens.is_movielens_100k),
+  "movielens-1m": (movielens.movielens_1m, movielens.is_movielens_1m),
+  "criteo-kaggle": (public.criteo_kaggle, public.is_criteo_kaggle),
+  "criteo-1tb": (public.criteo_1tb, public.is_criteo_1tb),
+}
+DATASETS = (*_PUBLIC, "table")
+
+
+def recognise(path: str | os.PathLike) -> str | None:
+  """Name of the public set whose raw files lie at `path`, or None."""
+  path = pathlib.Path(path)
+  return next((name for name, (_, known) in _PUBLIC.items() if known(path)), None)
+
+
+def prepare(
+  dataset: str,
+  input: str | os.PathLike,
+  output: str | os.PathLike,
+  schema: Schema | str | os.PathLike | None = None,
+  *,
+  hash_rows: int = 0,
+  min_count: int = 0,
+  progress: bool = True,
+) -> PreparedData:
+  """Fits features on the train split of `input` and writes all splits to the folder `output`.
+
+  `schema` (of `table` only) is a TOML file or a Schema; `hash_rows` hashes all categories to so
+  many rows, `min_count` calls rarer values unknown (0: as the schema says). Raises SchemaError,
+  RawDataError, PreparedDataError or OSError with one sentence, and then leaves no output.
+  """
+  if dataset not in DATASETS:
+    raise SchemaError(f"data set {dataset!r} is unknown; choose from {list(DATASETS)}")
+  path = existing(input)
+  if dataset == "table":
+    if schema is None:
+      raise SchemaError("the data set 'table' needs a schema; name its TOML file by --schema=FILE")
+    source = table.table(path, schema if isinstance(schema, Schema) else load_schema(schema))
+  elif schema is not None:
+    raise SchemaError(f"data set {dataset!r} has its own schema; --schema is for 'table'")
+  else:
+    source = _PUBLIC[dataset][0](path)
+  schema = source.schema.encoded(hash_rows=hash_rows, min_count=min_count)
+  try:
+    with PreparedWriter(output) as writer:
+      rule = _Split(source, schema, progress)
+      encoder = fit(schema, (c for _, c in rule.chunks("fit", ["train"])))
+      counts = dict.fromkeys(SPLITS, 0)
+      for split, chunk in rule.chunks("encode", SPLITS):
+        writer.add(split, encoder.encode(chunk))
+        counts[split] += len(chunk.frame)
+      for split, count in counts.items():
+        if not count:
+          raise RawDataError(
+            f"split {split!r} of {path} is empty (rows: {counts}, split by {schema.split.by}); "
+            "give it rows or other fractions"
+          )
+      origin = {"dataset": dataset, "split": schema.split.by, "rows": counts}
+      return writer.finish(encoder.features, vocabularies=encoder.vocabularies, origin=origin)
+  except OSError as error:
+    if error.strerror:  # From the system, not one of our sentences.
+      raise OSError(
+        f"writing the prepared data to {output} failed: {error.strerror}; "
+        "free the disk or name another --output"
+      ) from error
+    raise
+
+
+class _Split:
+  """The chunks of a source by split.
+
+  Unless the files are split already, each row has a key and goes to train below the first of two
+  cuts, to test from the second on: its number (`order`), its time (`time`, so that equal times
+  never part) or mix(number + seed) / 2^64 (`random`).
+  """
+
+  def __init__(self, source: Source, schema: Schema, progress: bool):
+    self._source, self._schema, self._progress = source, schema, progress
+    train, valid, _ = schema.split.fractions
+    cuts = np.array([train, train + valid])
+    if schema.split.by in ("order", "time"):
+      read = [schema.time] if schema.split.by == "time" else list(schema.columns)[:1]
+      keys = np.concatenate([k for k, _ in self._keys("split", read)])
+      cuts = np.sort(keys)[np.minimum(np.round(cuts * len(keys)).astype(int), len(keys) - 1)]
+    self._cuts = cuts
+
+  def chunks(self, title: str, splits: Sequence[str]) -> Iterator[tuple[str, Chunk]]:
+    if self._schema.split.by == "files":
+      files = [(s, f) for s in splits for f in self._source.files[s]]
+      yield from self._read(title, files, self._schema.read)
+      return
+    for key_B, chunk in self._keys(title, self._schema.read):
+      split_B = np.searchsorted(self._cuts, key_B, side="right")
+      for split in splits:
+        mask_B = split_B == SPLITS.index(split)
+        if mask_B.any():
+          yield split, chunk.where(mask_B)
+
+  def _keys(self, title: str, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, Chunk]]:
+    rule, first = self._schema.split, 0
+    for _, chunk in self._read(title, [("", f) for f in self._source.files[""]], columns):
+      number_B = np.arange(first, first + len(chunk.frame))
+      first += len(number_B)
+      if rule.by == "time":
+        key_B = numbers(chunk, self._schema.time, self._schema.missing_values)
+        complete(chunk, self._schema.time, np.isnan(key_B), "rows are split by time")
+        yield key_B, chunk
+      elif rule.by == "random":
+        yield mix((number_B + rule.seed * 2**32).astype(np.uint64)) / 2.0**64, chunk
+      else:
+        yield number_B, chunk
+
+  def _read(
+    self, title: str, files: Sequence[tuple[str, Reader]], columns: Sequence[str]
+  ) -> Iterator[tuple[str, Chunk]]:
+    total = sum(f.size for _, f in files)
+    with tqdm.tqdm(
+      total=total, desc=title, unit="B", unit_scale=True, disable=not self._progress
+    ) as bar:
+      for split, file in files:
+        for chunk in file.chunks(columns):
+          yield split, chunk
+          bar.update(chunk.bytes)

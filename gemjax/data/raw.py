@@ -1,0 +1,220 @@
+"""Raw files: text and Parquet read as a stream of chunks that remember where each row stands."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import gzip
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BLOCK_BYTES = 1 << 24
+BATCH_ROWS = 1 << 16
+
+
+class RawDataError(ValueError):
+  """Raw data that is missing, broken or not what its schema says."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+  """Some rows of a file; B rows. Row b stands in line (or row) `rows_B[b]` of the file."""
+
+  frame: pl.DataFrame
+  rows_B: np.ndarray
+  path: pathlib.Path
+  unit: str  # line | row: what rows_B counts, from 1.
+  bytes: int  # Of the file, read for this chunk.
+
+  def at(self, b: int) -> str:
+    return f"{self.path}, {self.unit} {self.rows_B[b]}"
+
+  def where(self, mask_B: np.ndarray) -> Chunk:
+    return dataclasses.replace(
+      self, frame=self.frame.filter(pl.Series(mask_B)), rows_B=self.rows_B[mask_B]
+    )
+
+
+class Reader(Protocol):
+  """A file that can be read as often as needed, always in the same order."""
+
+  path: pathlib.Path
+
+  @property
+  def size(self) -> int: ...  # Bytes, for the progress bar.
+
+  def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextFile:
+  """Delimited text, plain or .gz, one row a line, every value a text (empty: missing).
+
+  Without `names` the first line is the header. `delimiter` may be longer than one character;
+  `encoding` other than UTF-8 must be one byte a character. Raises RawDataError with the line.
+  """
+
+  path: pathlib.Path
+  delimiter: str = ","
+  names: tuple[str, ...] = ()
+  quote: str | None = '"'
+  encoding: str = "utf-8"
+
+  @property
+  def size(self) -> int:
+    return self.path.stat().st_size
+
+  def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]:
+    line, read, names = 1, 0, self.names
+    try:
+      with open(self.path, "rb") as raw:
+        file = gzip.GzipFile(fileobj=raw) if self.path.suffix == ".gz" else raw
+        for block in _blocks(file):
+          text = self._text(block, line)
+          if not names:
+            header, _, text = text.partition("\n")
+            names, line = _header(header, self.delimiter), line + 1
+          check_columns(self.path, names, columns)
+          if not text:
+            continue
+          frame = self._parse(text, names, columns, line)
+          rows_B = np.arange(line, line + len(frame))
+          line += len(frame)
+          yield Chunk(frame, rows_B, self.path, "line", raw.tell() - read)
+          read = raw.tell()
+    except (OSError, EOFError) as error:
+      raise RawDataError(f"{self.path} cannot be read: {_reason(error)}") from error
+    if line == (1 if self.names else 2):
+      raise RawDataError(f"{self.path} has a header, but no rows below it; give it rows")
+    if line == 1:
+      raise RawDataError(f"{self.path} is empty; give it a header line and rows")
+
+  def _text(self, block: bytes, line: int) -> str:
+    try:
+      return block.decode("utf-8-sig" if line == 1 and self.encoding == "utf-8" else self.encoding)
+    except UnicodeDecodeError as error:
+      bad = line + block.count(b"\n", 0, error.start)
+      byte = block[error.start]
+      raise RawDataError(
+        f"{self.path}, line {bad} is not {self.encoding} (byte 0x{byte:02x}); convert the file"
+      ) from error
+
+  def _parse(self, text: str, names, columns, line: int) -> pl.DataFrame:
+    delimiter = self.delimiter
+    if len(delimiter) > 1:
+      text, delimiter = text.replace(delimiter, "\x1f"), "\x1f"
+    lines = text.count("\n") + (not text.endswith("\n"))
+    try:
+      frame = pl.read_csv(
+        text.encode(),
+        has_header=False,
+        schema=dict.fromkeys(names, pl.String),
+        columns=sorted(names.index(c) for c in columns),
+        separator=delimiter,
+        quote_char=self.quote,
+        infer_schema=False,
+      ).select(columns)
+    except pl.exceptions.PolarsError:
+      frame = None
+    # Polars fills short rows with nulls, so the delimiters are counted: with none too long
+    # (that raises) their number is right only if no row is too short.
+    plain = self.quote is None or self.quote not in text
+    right = frame is not None and len(frame) == lines
+    right &= not plain or text.count(delimiter) == lines * (len(names) - 1)
+    if not right or not plain:
+      self._check_lines(text, delimiter, len(names), line)
+    if not right:
+      raise RawDataError(f"{self.path}, lines {line} to {line + lines - 1}: not a delimited text")
+    return frame
+
+  def _check_lines(self, text: str, delimiter: str, expected: int, first: int) -> None:
+    rules: dict[str, Any] = {"delimiter": delimiter, "strict": True, "quotechar": self.quote}
+    rules["quoting"] = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
+    for line, content in enumerate(text.removesuffix("\n").split("\n"), first):
+      try:
+        found = len(next(csv.reader([content.removesuffix("\r")], **rules), [""]))
+      except csv.Error as error:
+        raise RawDataError(
+          f"{self.path}, line {line}: {error}; quoted values must be closed on their line"
+        ) from error
+      if found != expected:
+        raise RawDataError(
+          f"{self.path}, line {line} has {found} columns, but {expected} are expected; mend it"
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParquetFile:
+  """A Parquet file; raises RawDataError if it is truncated or corrupt."""
+
+  path: pathlib.Path
+
+  @property
+  def size(self) -> int:
+    return self.path.stat().st_size
+
+  def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]:
+    row = 1
+    try:
+      with pq.ParquetFile(self.path) as file:
+        check_columns(self.path, file.schema_arrow.names, columns)
+        total = max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+          frame = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch]))).select(columns)
+          rows_B = np.arange(row, row + len(frame))
+          row += len(frame)
+          yield Chunk(frame, rows_B, self.path, "row", self.size * len(frame) // total)
+    except (OSError, pa.ArrowException) as error:
+      raise RawDataError(
+        f"{self.path} is no whole Parquet file ({_reason(error)}); fetch or write it again"
+      ) from error
+    if row == 1:
+      raise RawDataError(f"{self.path} has columns, but no rows; give it rows")
+
+
+def check_columns(path: pathlib.Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+  """Raises RawDataError if a name comes twice or a wanted column is not there."""
+  names = list(names)
+  twice = sorted({n for n in names if names.count(n) > 1})
+  if twice:
+    raise RawDataError(f"{path}: column names must be unique, but {twice} come twice; rename them")
+  for name in wanted:
+    if name not in names:
+      raise RawDataError(f"{path} has no column {name!r}, only {names}")
+
+
+def existing(path: str | os.PathLike) -> pathlib.Path:
+  """`path`, if something is there; else RawDataError."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    raise RawDataError(f"{path} does not exist; name the file or folder of the raw data")
+  return path
+
+
+def _header(line: str, delimiter: str) -> tuple[str, ...]:
+  return tuple(next(csv.reader([line.removesuffix("\r")], delimiter=delimiter), ()))
+
+
+def _blocks(file) -> Iterator[bytes]:
+  """Pieces of about BLOCK_BYTES that end where a line ends."""
+  rest = b""
+  while block := file.read(BLOCK_BYTES):
+    cut = block.rfind(b"\n") + 1
+    if not cut:
+      rest += block
+      continue
+    yield rest + block[:cut]
+    rest = block[cut:]
+  if rest:
+    yield rest
+
+
+def _reason(error: Exception) -> str:
+  return str(getattr(error, "strerror", None) or error).split("\n")[0].strip(" .")

@@ -1,0 +1,229 @@
+"""Schema: what the columns of a raw data set mean, declared and checked before any work.
+
+A user's own table is described by a TOML file; columns that it does not name are not read:
+
+  user = "user_id"             # Groups the GAUC. Optional.
+  time = "timestamp"           # A number, in any unit. Only `split.by = "time"` needs it.
+  missing_values = ["", "NA"]  # Texts that stand for "no value".
+  delimiter = ";"              # Of text files. Default: a tab, or a comma in *.csv.
+  names = ["click", "ad"]      # Of text files without a header line.
+  [split]
+  by = "time"                  # files | time | order | random
+  fractions = [0.8, 0.1, 0.1]
+  seed = 0                     # Of `random`.
+  [columns.click]
+  kind = "label"               # 0 or 1; with `threshold = 4.0` the label is "value >= 4".
+  [columns.price]
+  kind = "dense"
+  transform = "log1p"          # identity | log1p: sign(x) log(1 + |x|)
+  missing = "mean"             # keep: mean and a column `price.missing` | mean | error
+  [columns.ad]
+  kind = "sparse"
+  encoding = "vocabulary"      # Rarer than `min_count` is unknown; `rows` is a limit, 0 = none.
+  min_count = 2
+  missing = "error"            # keep: row 0 | error
+  [columns.past_ads]
+  kind = "sequence"
+  separator = "|"              # Of texts; Parquet may hold lists.
+  max_length = 20              # The last 20 are kept.
+  table = "ad"                 # Shares the rows of column `ad`, and so has its encoding.
+  min_count = 2
+  [columns.query]
+  kind = "sparse"
+  encoding = "hash"
+  rows = 100000                # The two reserved ones included.
+  seed = 7
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from typing import Any
+
+from gemjax.features import RESERVED
+
+SPLITS = ("train", "valid", "test")
+_ENCODED = {"encoding", "rows", "min_count", "seed", "table", "missing"}
+_FIELDS = {
+  "dense": {"transform", "missing"},
+  "sparse": _ENCODED,
+  "sequence": _ENCODED | {"max_length", "separator"},
+  "label": {"threshold"},
+}
+_CHOICES = {
+  "encoding": ("vocabulary", "hash"),
+  "transform": ("identity", "log1p"),
+  "missing": ("keep", "mean", "error"),
+  "by": ("files", "time", "order", "random"),
+}
+
+
+class SchemaError(ValueError):
+  """A schema that says something unknown, impossible or contradictory."""
+
+
+def _check_value(name: str, value: Any, default: Any) -> None:
+  if name in _CHOICES and value not in _CHOICES[name]:
+    raise SchemaError(f"{name} {value!r} is unknown; choose from {list(_CHOICES[name])}")
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if name == "threshold" and not number:
+    raise SchemaError(f"threshold must be a number, got {value!r}")
+  if type(default) is int and type(value) is not int:
+    raise SchemaError(f"{name} must be a whole number, got {value!r}")
+  if type(default) is str and type(value) is not str:
+    raise SchemaError(f"{name} must be a text, got {value!r}")
+  if type(default) is tuple and not isinstance(value, list | tuple):
+    raise SchemaError(f"{name} must be a list, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+  """One column; which fields a kind has is said by `_FIELDS`, what they mean by the module."""
+
+  kind: str
+  encoding: str = "vocabulary"
+  rows: int = 0
+  min_count: int = 1
+  seed: int = 0
+  table: str = ""  # Empty: a table of its own, named like the column.
+  missing: str = "keep"
+  transform: str = "identity"
+  max_length: int = 50
+  separator: str = ""
+  threshold: float | None = None
+
+  def __post_init__(self):
+    if self.kind not in _FIELDS:
+      raise SchemaError(f"kind {self.kind!r} is unknown; choose from {list(_FIELDS)}")
+    for field in dataclasses.fields(self)[1:]:
+      value = getattr(self, field.name)
+      if value == field.default:
+        continue
+      if field.name not in _FIELDS[self.kind]:
+        allowed = sorted(_FIELDS[self.kind])
+        raise SchemaError(f"kind {self.kind!r} has no field {field.name!r}, only {allowed}")
+      _check_value(field.name, value, field.default)
+    if self.missing == "mean" and self.kind != "dense":
+      raise SchemaError(f"missing = 'mean' is for dense columns, but the kind is {self.kind!r}")
+    if self.encoding == "hash" and self.rows <= RESERVED:
+      raise SchemaError(
+        f"a hash needs rows >= {RESERVED + 1} (two are reserved), but rows = {self.rows}"
+      )
+    if self.encoding == "hash" and self.min_count > 1:
+      raise SchemaError(f"a hash counts nothing, but min_count = {self.min_count}; drop it")
+    if self.encoding == "vocabulary" and 0 < self.rows <= RESERVED:
+      raise SchemaError(
+        f"rows = {self.rows} leaves no room for a value (two are reserved); raise it or drop it"
+      )
+    if self.encoding == "vocabulary" and self.seed:
+      raise SchemaError(f"a vocabulary needs no seed, but seed = {self.seed}; drop it")
+    for name in ("min_count", "max_length"):
+      if getattr(self, name) < 1:
+        raise SchemaError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SplitRule:
+  """How rows become train, valid and test: `files` as given, else by a key of each row."""
+
+  by: str = "files"
+  fractions: tuple[float, ...] = (0.8, 0.1, 0.1)
+  seed: int = 0
+
+  def __post_init__(self):
+    _check_value("by", self.by, "files")
+    f = self.fractions
+    if len(f) != 3 or not all(isinstance(x, int | float) and x > 0 for x in f):
+      raise SchemaError(f"split.fractions must be three positive numbers, got {list(f)}")
+    if abs(sum(f) - 1) > 1e-9:
+      raise SchemaError(f"split.fractions must add up to 1, but {list(f)} add up to {sum(f):g}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Schema:
+  """The columns of a raw data set by name, in the order of the features, and its splits."""
+
+  columns: dict[str, Column]
+  split: SplitRule = SplitRule()
+  user: str = ""
+  time: str = ""
+  missing_values: tuple[str, ...] = ("",)
+  delimiter: str = ""
+  names: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if not self.of_kind("label"):
+      raise SchemaError("the schema has no label; give one column kind = 'label'")
+    if len(self.of_kind("label")) == len(self.columns):
+      raise SchemaError("the schema has no feature; give a column kind dense, sparse or sequence")
+    if self.split.by == "time" and not self.time:
+      raise SchemaError("split.by = 'time' needs `time = COLUMN` in the schema")
+    tables: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, column in (self.of_kind("sparse") | self.of_kind("sequence")).items():
+      mine = {k: getattr(column, k) for k in ("encoding", "rows", "min_count", "seed")}
+      first, theirs = tables.setdefault(column.table or name, (name, mine))
+      for key, value in mine.items():
+        if value != theirs[key]:
+          raise SchemaError(
+            f"columns {first!r} and {name!r} share table {column.table or name!r}, but {key} is "
+            f"{theirs[key]!r} for one and {value!r} for the other; make them equal"
+          )
+
+  def of_kind(self, kind: str) -> dict[str, Column]:
+    return {n: c for n, c in self.columns.items() if c.kind == kind}
+
+  @property
+  def read(self) -> tuple[str, ...]:
+    """Names of all columns that have to be read."""
+    return tuple(dict.fromkeys([*self.columns, *filter(None, (self.user, self.time))]))
+
+  def encoded(self, *, hash_rows: int = 0, min_count: int = 0) -> Schema:
+    """The schema with all categories hashed to `hash_rows`, or cut at `min_count` (0: as is)."""
+    if not hash_rows and not min_count:
+      return self
+    if hash_rows:
+      change = {"encoding": "hash", "rows": hash_rows, "min_count": 1}
+    else:
+      change = {"encoding": "vocabulary", "rows": 0, "seed": 0, "min_count": min_count}
+    categories = self.of_kind("sparse") | self.of_kind("sequence")
+    changed = {n: dataclasses.replace(c, **change) for n, c in categories.items()}
+    return dataclasses.replace(self, columns=self.columns | changed)
+
+
+def load_schema(path: str | os.PathLike) -> Schema:
+  """Reads a TOML schema; raises SchemaError naming the file, the entry and what it may be."""
+  try:
+    with open(path, "rb") as file:
+      tree = tomllib.load(file)
+    columns = tree.pop("columns", {})
+    if not isinstance(columns, dict) or not all(isinstance(c, dict) for c in columns.values()):
+      raise SchemaError("columns must be tables: write [columns.NAME] and below it kind = ...")
+    made = {}
+    for name, fields in columns.items():
+      try:
+        made[name] = _make(Column, fields)
+      except SchemaError as error:
+        raise SchemaError(f"column {name!r}: {error}") from error
+    split = tree.pop("split", {})
+    if not isinstance(split, dict):
+      raise SchemaError("split must be a table: write [split] and below it by = ...")
+    return _make(Schema, tree | {"columns": made, "split": _make(SplitRule, split)})
+  except (SchemaError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    raise SchemaError(f"schema {path}: {error}") from error
+  except OSError as error:
+    raise SchemaError(f"schema {path} cannot be read: {error.strerror}") from error
+
+
+def _make(kind: type, tree: dict[str, Any]) -> Any:
+  fields = {f.name: f for f in dataclasses.fields(kind)}
+  for name in tree:
+    if name not in fields:
+      raise SchemaError(f"unknown field {name!r}; choose from {list(fields)}")
+  if kind is Column and "kind" not in tree:
+    raise SchemaError(f"kind is missing; choose from {list(_FIELDS)}")
+  if kind is not Column:  # A column checks its own, by kind.
+    for name, value in tree.items():
+      _check_value(name, value, fields[name].default)
+  return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in tree.items()})
