@@ -1,0 +1,5 @@
+"""Saving and restoring any pytree."""
+
+from gemjax.checkpoint.checkpoints import CheckpointError, Checkpoints, Restored
+
+__all__ = ["CheckpointError", "Checkpoints", "Restored"]

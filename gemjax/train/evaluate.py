@@ -1,0 +1,43 @@
+"""Exact evaluation of a state on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemjax import metrics
+from gemjax.features import Batch, FeatureSet
+
+
+def evaluate(
+  predict: Callable[[Any, Batch], jax.Array],
+  state: Any,
+  batches: Iterable[Batch],
+  features: FeatureSet,
+) -> dict[str, dict[str, float | None]]:
+  """Task -> auc, gauc, log_loss, ne, calibration, ..., over every example once.
+
+  Args:
+    predict: (state, batch) -> logits_BT.
+    state: What `predict` reads.
+    batches: Rows of weight 0 are left out.
+    features: Names the tasks.
+  """
+  logits, labels, groups, oracles = [], [], [], []
+  for batch in batches:
+    real_B = batch.weight_B > 0
+    logits.append(np.asarray(predict(state, batch))[real_B])
+    labels.append(batch.label_BT[real_B])
+    groups.append(batch.group_B[real_B])
+    oracles.append(batch.oracle_BT[real_B])
+  oracle_NT = np.concatenate(oracles)
+  return metrics.evaluate_arrays(
+    np.concatenate(logits),
+    np.concatenate(labels),
+    np.concatenate(groups),
+    list(features.tasks),
+    oracle_NT=oracle_NT if oracle_NT.shape[1] else None,
+  )

@@ -1,0 +1,34 @@
+"""Arithmetic of a traced function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def matmul_flops(function: Callable, *args: Any) -> int:
+  """2 M N K summed over every matrix product of `function(*args)`, loops times their trips.
+
+  Counted on the traced program, so that it is the same on every machine; element-wise work and
+  look-ups are not counted. Arguments may be `jax.ShapeDtypeStruct`s.
+  """
+  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr) -> int:
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      shape = eqn.invars[0].aval.shape
+      total += 2 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    trips = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+    for value in eqn.params.values():
+      for inner in value if isinstance(value, tuple | list) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          total += trips * _count(inner)
+  return total

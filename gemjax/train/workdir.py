@@ -1,0 +1,86 @@
+"""The folder of one run: who owns it, what it was started with, what it leaves."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pathlib
+from typing import Any
+
+from gemjax import config as config_lib
+from gemjax.features import FeatureSet
+
+RUN, SUMMARY, CHECKPOINTS, DATA = "run.json", "summary.json", "checkpoints", "data"
+
+
+class WorkdirError(ValueError):
+  """A folder that is in use, cannot be written, or belongs to another run."""
+
+
+class Workdir:
+  """Holds a lock on the folder while open, so that two processes never train into one."""
+
+  def __init__(self, path: str | os.PathLike):
+    if not str(path):
+      raise WorkdirError("--workdir is empty; name the folder of this run")
+    self.path = pathlib.Path(path).absolute()
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._lock = (self.path / "lock").open("w")
+    except OSError as error:
+      raise WorkdirError(f"{self.path} cannot be written ({error.strerror})") from error
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      self._lock.close()
+      raise WorkdirError(
+        f"{self.path} is in use by another process; wait or name another"
+      ) from error
+
+  def __enter__(self) -> Workdir:
+    return self
+
+  def __exit__(self, kind, value, trace) -> None:
+    self._lock.close()
+
+  def claim(self, config: config_lib.Config, features: FeatureSet) -> None:
+    """Records config and features at the first start; at every later one, they must agree.
+
+    Raises:
+      WorkdirError: the field that differs, with both values.
+    """
+    file = self.path / RUN
+    if file.exists():
+      before = read_run(self.path)
+      found = config_lib.difference(before["config"], json.loads(json.dumps(config.to_json())))
+      if found:
+        raise WorkdirError(f"{self.path} holds a run in which {found}; name another --workdir")
+      found = FeatureSet.from_json(before["features"]).difference(features)
+      if found:
+        raise WorkdirError(
+          f"{self.path} holds a run on other data ('here' is the run, 'the other' the data): "
+          f"{found}; name another --workdir"
+        )
+    write_json(file, {"config": config.to_json(), "features": features.to_json()})
+
+
+def read_run(path: pathlib.Path) -> dict[str, Any]:
+  """What `claim` recorded; raises WorkdirError where there is nothing or it is damaged."""
+  file = pathlib.Path(path) / RUN
+  if not file.is_file():
+    raise WorkdirError(f"{path} holds no run (no {RUN}); train with --workdir={path} first")
+  try:
+    tree = json.loads(file.read_text())
+    return {"config": tree["config"], "features": tree["features"]}
+  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    raise WorkdirError(
+      f"{file} is truncated or corrupt ({error}); name another --workdir"
+    ) from error
+
+
+def write_json(file: pathlib.Path, tree: Any) -> None:
+  """Whole or not at all."""
+  partial = file.with_name(file.name + ".partial")
+  partial.write_text(json.dumps(tree, indent=1) + "\n")
+  partial.rename(file)

@@ -1,0 +1,57 @@
+"""What every binary does around its `main`: one sentence for an error, an exit code for all."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from gemjax.parallel.process import set_up_process
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Parses the flags and calls `main`; errors that a user can mend leave no traceback.
+
+  Exit codes: 0 done, 1 an error in one sentence, 2 wrong flags, 130 Ctrl-C, 143 SIGTERM.
+  """
+  set_up_process()
+  logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell every step of what they do.
+  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except Exception as error:  # config_flags raises KeyError, TypeError and more from inside.
+    _fail(2, f"wrong flags: {_sentence(error)}")
+
+
+def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
+  from gemjax.checkpoint import CheckpointError
+  from gemjax.train.loop import NonFiniteError, Terminated
+
+  if argv[1:]:
+    _fail(2, f"arguments must be flags, but got {argv[1:]}; write --name=value")
+  try:
+    return main()
+  except Terminated as stop:
+    _fail(143, str(stop))
+  except KeyboardInterrupt:
+    _fail(130, "interrupted; the same command goes on from the last checkpoint")
+  except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
+    if _is_ours(error):
+      _fail(1, _sentence(error))
+    raise
+
+
+def _is_ours(error: Exception) -> bool:
+  """An error raised by this project, or by the operating system about a user's file."""
+  return isinstance(error, OSError) or type(error).__module__.startswith("gemjax")
+
+
+def _sentence(error: Exception) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(code: int, message: str) -> None:
+  print(f"error: {message}", file=sys.stderr, flush=True)
+  sys.exit(code)

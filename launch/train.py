@@ -1,0 +1,28 @@
+"""Trains a ranker; the same command resumes.
+
+  python launch/train.py --config=configs/wukong_demo.py --workdir=runs/demo
+  python launch/train.py --config=configs/wukong_frappe.py --workdir=runs/frappe \
+    --config.data.path=RAW_OR_PREPARED --config.train.seed=1
+"""
+
+import cli
+from absl import flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, summary.json.")
+
+
+def main():
+  from gemjax.train.loop import train
+  from gemjax.train.workdir import WorkdirError
+
+  if _CONFIG.value is None:
+    raise WorkdirError("--config is missing; name a file of configs/, as configs/wukong_demo.py")
+  if not _WORKDIR.value:
+    raise WorkdirError("--workdir is missing; name the folder of this run")
+  train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  cli.run(main)
