@@ -5,6 +5,7 @@ Letters: B examples, E events of one sequence.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -56,6 +57,7 @@ class Encoder:
   ):
     self._schema, self._tables = schema, tables
     self._users: dict[str, int] = {}
+    self._threads = concurrent.futures.ThreadPoolExecutor()  # numpy and polars leave the GIL.
     dense = []
     for name, m in moments.items():
       transform = schema.columns[name].transform
@@ -104,8 +106,11 @@ class Encoder:
       else:  # <name>.missing comes right behind <name>.
         dense_BF[:, f] = missing_B
     ids_BS = np.zeros((B, len(self.features.sparse)), np.int32)
-    for s, feature in enumerate(self.features.sparse):
+
+    def fill(s: int, feature: Sparse) -> None:
       ids_BS[:, s] = self._rows(feature.table, values.categories(chunk, feature.name, schema))
+
+    list(self._threads.map(fill, *zip(*enumerate(self.features.sparse))))
     label_BT = np.stack([self._label(chunk, t) for t in self.features.tasks], axis=1)
     columns = {"dense": dense_BF, "ids": ids_BS, "label": label_BT}
     if schema.user:

@@ -19,10 +19,13 @@ _U = np.uint64
 
 def mix(x: np.ndarray) -> np.ndarray:
   """The finaliser of splitmix64 (Steele et al. 2014) on uint64: every bit moves all."""
-  x = x + _U(0x9E3779B97F4A7C15)
-  x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
-  return x ^ (x >> _U(31))
+  x = np.atleast_1d(x) + _U(0x9E3779B97F4A7C15)  # A copy, changed in place from here on.
+  x ^= x >> _U(30)
+  x *= _U(0xBF58476D1CE4E5B9)
+  x ^= x >> _U(27)
+  x *= _U(0x94D049BB133111EB)
+  x ^= x >> _U(31)
+  return x
 
 
 def hash_texts(texts: pl.Series, seed: int = 0) -> np.ndarray:
