@@ -30,7 +30,7 @@ def main(argv):
       raise ValueError(f"arguments must be flags, but got {argv[1:]}; write --name=value")
     for flag in (_DATASET, _INPUT, _OUTPUT):
       if not flag.value:
-        raise ValueError(f"--{flag.name} is missing; it says: {flag.help}")
+        raise ValueError(f"--{flag.name} is missing; see launch/prepare.py --help")
     path = _INPUT.value
     if _DOWNLOAD.value:
       path = download(_DATASET.value, path, base=_BASE.value)

@@ -61,10 +61,6 @@ class Encoder:
     dense = []
     for name, m in moments.items():
       transform = schema.columns[name].transform
-      if not math.isfinite(m.mean) or not math.isfinite(m.std):
-        raise RawDataError(
-          f"column {name!r} holds values too large to standardise; give it transform = 'log1p'"
-        )
       dense.append(Dense(name=name, transform=transform, mean=m.mean, std=m.std))
       if m.missing and schema.columns[name].missing == "keep":
         dense.append(Dense(name=f"{name}.missing"))
@@ -153,11 +149,14 @@ def fit(schema: Schema, chunks: Iterable[Chunk]) -> Encoder:
   categories = schema.of_kind("sparse") | schema.of_kind("sequence")
   tables = {c.table or n: c for n, c in categories.items()}
   counters = {t: Counter() for t, c in tables.items() if c.encoding == "vocabulary"}
-  rows = 0
   for chunk in chunks:
-    rows += len(chunk.frame)
-    for name in moments:
-      moments[name].add(values.dense(chunk, name, schema))
+    for name, moment in moments.items():
+      moment.add(values.dense(chunk, name, schema))
+      if not math.isfinite(moment.squares):
+        raise RawDataError(
+          f"{chunk.path}: column {name!r} holds values too large to standardise; mend them or "
+          "give the column transform = 'log1p'"
+        )
     for name, column in categories.items():
       if column.encoding == "hash":
         continue
@@ -168,8 +167,6 @@ def fit(schema: Schema, chunks: Iterable[Chunk]) -> Encoder:
         else values.categories(chunk, name, schema)
       )
       counters[column.table or name].add(texts)
-  if not rows:
-    raise RawDataError("the split 'train' is empty; give it rows")
   fitted = {}
   for table, c in tables.items():
     if c.encoding == "hash":

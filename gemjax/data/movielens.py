@@ -131,8 +131,8 @@ def movielens_100k(path: pathlib.Path) -> Source:
       ),
     )
   elif _has(path, "u.data", "u.user", "u.item", "u.genre"):
-    genres = _whole(TextFile(path / "u.genre", "|", ("genre", "number"), None)).frame["genre"]
-    genres = genres.drop_nulls().to_list()
+    lines = (path / "u.genre").read_text().split()  # Its last line is blank.
+    genres = [line.split("|")[0] for line in lines]
     names = ("item", "title", "date", "video", "url", *genres)
     layout = _Layout(
       events=_file(path / "u.data", "\t", "user item label time"),

@@ -9,11 +9,13 @@ The folder appears whole or not at all: it is written beside its place and renam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -117,8 +119,9 @@ class PreparedWriter:
 
   def __exit__(self, kind, value, trace) -> None:
     for writer in self._writers.values():
-      if writer.is_open():
-        writer.close()
+      with contextlib.suppress(RuntimeError):  # On a full disk; `_failing` has said so already.
+        if writer.is_open():
+          writer.close()
     shutil.rmtree(self._partial, ignore_errors=True)
 
   def add(self, split: str, columns: Columns) -> None:
@@ -141,8 +144,9 @@ class PreparedWriter:
       rest = concatenate(pending)
       if examples(rest):
         self._write(split, rest)
-    for writer in self._writers.values():
-      writer.close()
+    for split, writer in self._writers.items():
+      with self._failing(split):
+        writer.close()
     self._verify()  # A closed writer always says it is not ok: only the records tell.
     splits = {s: {"files": [_file(s)], "blocks": [b]} for s, b in self._blocks.items() if b}
     if vocabularies is not None:
@@ -160,11 +164,21 @@ class PreparedWriter:
       # One record a group, so that a block can be read alone.
       file = str(self._partial / _file(split))
       self._writers[split] = ArrayRecordWriter(file, "group_size:1,zstd:1")
-    writer = self._writers[split]
-    writer.write(encode_block(columns))
-    if not writer.ok():
-      raise OSError(f"writing to {self._partial / _file(split)} failed; is the disk full?")
+    with self._failing(split):
+      self._writers[split].write(encode_block(columns))
+      if not self._writers[split].ok():
+        raise RuntimeError("no reason given")
     self._blocks[split].append(examples(columns))
+
+  @contextlib.contextmanager
+  def _failing(self, split: str) -> Iterator[None]:
+    """Makes what ArrayRecord raises an OSError that names the file."""
+    try:
+      yield
+    except RuntimeError as error:
+      reason = str(error).split(";")[0]
+      file = self._partial / _file(split)
+      raise OSError(f"writing {file} failed ({reason}); free the disk and try again") from error
 
   def _verify(self) -> None:
     """A writer may fail without a word on a full disk: count the records that are there."""

@@ -110,10 +110,14 @@ class TextFile:
     delimiter = self.delimiter
     if len(delimiter) > 1:
       text, delimiter = text.replace(delimiter, "\x1f"), "\x1f"
+    data = text.encode()
     lines = text.count("\n") + (not text.endswith("\n"))
+    plain = self.quote is None or self.quote not in text
+    if not plain or not _even(data, delimiter, lines, len(names)):  # Polars lets short rows pass.
+      self._check_lines(text, delimiter, len(names), line)
     try:
       frame = pl.read_csv(
-        text.encode(),
+        data,
         has_header=False,
         schema=dict.fromkeys(names, pl.String),
         columns=sorted(names.index(c) for c in columns),
@@ -121,17 +125,13 @@ class TextFile:
         quote_char=self.quote,
         infer_schema=False,
       ).select(columns)
-    except pl.exceptions.PolarsError:
-      frame = None
-    # Polars fills short rows with nulls, so the delimiters are counted: with none too long
-    # (that raises) their number is right only if no row is too short.
-    plain = self.quote is None or self.quote not in text
-    right = frame is not None and len(frame) == lines
-    right &= not plain or text.count(delimiter) == lines * (len(names) - 1)
-    if not right or not plain:
-      self._check_lines(text, delimiter, len(names), line)
-    if not right:
-      raise RawDataError(f"{self.path}, lines {line} to {line + lines - 1}: not a delimited text")
+      if len(frame) != lines:
+        raise pl.exceptions.ShapeError(f"{len(frame)} rows in {lines} lines")
+    except pl.exceptions.PolarsError as error:
+      raise RawDataError(
+        f"{self.path}, lines {line} to {line + lines - 1} are no delimited text "
+        f"({_reason(error)}); mend them"
+      ) from error
     return frame
 
   def _check_lines(self, text: str, delimiter: str, expected: int, first: int) -> None:
@@ -214,6 +214,19 @@ def _blocks(file) -> Iterator[bytes]:
     rest = block[cut:]
   if rest:
     yield rest
+
+
+def _even(data: bytes, delimiter: str, lines: int, columns: int) -> bool:
+  """Whether every line holds columns - 1 delimiters; quotes are taken for plain characters."""
+  bytes_ = np.frombuffer(data, np.uint8)
+  marks = np.flatnonzero(bytes_ == ord(delimiter))
+  if len(marks) != lines * (columns - 1):
+    return False
+  if columns == 1:
+    return True
+  marks = marks.reshape(lines, columns - 1)
+  ends = np.flatnonzero(bytes_ == ord("\n"))[: lines - 1]
+  return bool((marks[:-1, -1] < ends).all() and (ends < marks[1:, 0]).all())
 
 
 def _reason(error: Exception) -> str:
