@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 from flax import nnx
 
@@ -27,7 +29,7 @@ class Mlp(nnx.Module):
     widths = (inputs, *hidden, outputs)
     self.dropout = dropout
     self.layers = nnx.List(
-      [nnx.Linear(i, o, dtype=dtype, rngs=rngs) for i, o in zip(widths, widths[1:])]
+      [nnx.Linear(i, o, dtype=dtype, rngs=rngs) for i, o in itertools.pairwise(widths)]
     )
 
   def __call__(self, x_BI: jax.Array, key: Key = None) -> jax.Array:

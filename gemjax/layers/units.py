@@ -36,17 +36,15 @@ class UnitInput(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.dim, self.dtype, self.feature_dropout = dim, dtype, feature_dropout
-    self.units = units
-    self.dense = None
-    if dense:
-      self.dense = Mlp(dense, dense_mlp, dense_units * dim, dtype=dtype, rngs=rngs)
-      self.units += dense_units
+    make = lambda inputs, hidden, out: Mlp(inputs, hidden, out * dim, dtype=dtype, rngs=rngs)
+    self.units = units + (dense_units if dense else 0)
+    self.dense = make(dense, dense_mlp, dense_units) if dense else None
     self.groups = [(i, min(i + small_group, small)) for i in range(0, small, small_group)]
     mlps = []
     for start, end in self.groups:
       inputs = (end - start) * small_dim
       out = max(1, inputs // dim)
-      mlps.append(Mlp(inputs, (4 * out * dim,), out * dim, dtype=dtype, rngs=rngs))
+      mlps.append(make(inputs, (4 * out * dim,), out))
       self.units += out
     self.small = nnx.List(mlps)
 

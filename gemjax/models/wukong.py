@@ -51,9 +51,8 @@ class WukongLayer(nnx.Module):
       dropout=config.dropout,
     )
     self.compress = UnitLinear(units, config.lcb_units, dtype=dtype, rngs=rngs)
-    self.residual = None
-    if units != outputs:
-      self.residual = UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
+    same = units == outputs
+    self.residual = None if same else UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
     self.norm = nnx.LayerNorm(dim, dtype=dtype, rngs=rngs)
     self.dim = dim
 
@@ -82,12 +81,10 @@ class Wukong(nnx.Module):
     # Where X0 already has the shape of the others, every layer goes into the scan.
     self.first = None if units == outputs else make(units, rngs)
     self.depth = config.layers - (self.first is not None)
-    self.layers = None
-    if self.depth:
-      stacked = nnx.split_rngs(splits=self.depth)(
-        nnx.vmap(lambda rngs: make(outputs, rngs), in_axes=(0,), out_axes=0)
-      )
-      self.layers = stacked(rngs)
+    stack = nnx.split_rngs(splits=max(1, self.depth))(
+      nnx.vmap(lambda rngs: make(outputs, rngs), in_axes=(0,), out_axes=0)
+    )
+    self.layers = stack(rngs) if self.depth else None
     self.heads = Heads(outputs * dim, config.head, tasks, config.dropout, dtype, rngs)
 
   def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
@@ -100,5 +97,5 @@ class Wukong(nnx.Module):
         weights, index = at
         return nnx.merge(graph, weights)(x_BND, fold(fold(key, 1), index)), None
 
-      x_BND, _ = jax.lax.scan(layer, x_BND, (weights, jnp.arange(self.depth)))
+      x_BND, _ = jax.lax.scan(layer, x_BND, (weights, jnp.arange(self.depth)), unroll=2)
     return self.heads(rearrange(x_BND, "b n d -> b (n d)"), fold(key, 2))
