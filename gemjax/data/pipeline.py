@@ -24,11 +24,15 @@ import numpy as np
 
 from gemjax.data.block_reader import BlockReader
 from gemjax.data.blocks import Columns
-from gemjax.data.prepared import PreparedData, PreparedDataError, concatenate, examples, take
+from gemjax.data.prepared import PreparedData, concatenate, examples, take
 from gemjax.features import Batch, Jagged, event_capacity
 
 # Batches in flight touch the window that ends and the one that begins; the third is slack.
 RECENT_WINDOWS = 3
+
+
+class BatchSizeError(ValueError):
+  """A batch that the data or the processes cannot fill."""
 
 
 def train_batches(
@@ -46,8 +50,8 @@ def train_batches(
   """The endless shuffled stream of `split`, in batches of exactly `batch_size / process_count`.
 
   `iter()` of it has `get_state()` and `set_state()`; memory is about 3 windows of
-  `window_blocks` blocks and `prefetch` batches. Raises PreparedDataError where the batch is
-  larger than the split.
+  `window_blocks` blocks and `prefetch` batches. Raises BatchSizeError where the batch is larger
+  than the split or does not divide by the processes.
   """
   batches = Batches(data, split, batch_size, seed, window_blocks, process_index, process_count)
   return batches.to_iter_dataset(_read_options(threads, prefetch))
@@ -94,11 +98,11 @@ class Batches(grain.MapDataset[Batch]):
         f"batch_size and window_blocks must be at least 1, got {batch_size} and {window_blocks}"
       )
     if batch_size % process_count:
-      raise ValueError(f"batch {batch_size} must divide by {process_count} processes")
+      raise BatchSizeError(f"batch {batch_size} must divide by {process_count} processes")
     if not 0 <= process_index < process_count:
       raise ValueError(f"process_index {process_index} must be in [0, {process_count})")
     if seed is not None and batch_size > self._examples:
-      raise PreparedDataError(
+      raise BatchSizeError(
         f"batch {batch_size} is larger than the {self._examples} examples of split {split!r} in "
         f"{data.path}; choose a smaller batch_size"
       )
