@@ -11,6 +11,7 @@ import shutil
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 
 import tqdm
 
@@ -21,12 +22,12 @@ class DownloadError(OSError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Archive:
-  """A published zip: where it lies, what it must be, and the folder inside that holds the data."""
+  """A published zip: where it lies and what it must be."""
 
   address: str
+  holds: str  # A file that lies where the data does.
   size: int = 0  # Bytes; 0 where only the checksums of the members were published.
   md5: str = ""
-  folder: str = "."
   members: tuple[tuple[str, str], ...] = ()  # (file, md5) after unpacking.
 
 
@@ -35,16 +36,17 @@ ARCHIVES = {
     address="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
     size=4_924_029,
     md5="0e33842e24a9c977be4e0107933c0723",
-    folder="ml-100k",
+    holds="u.data",
   ),
   "movielens-1m": Archive(
     address="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
     size=5_917_549,
     md5="c4d9eecfca2ab87c1945afe126590906",
-    folder="ml-1m",
+    holds="ratings.dat",
   ),
   "frappe": Archive(  # BARS publishes the checksums of the files inside.
     address="https://zenodo.org/record/5700987/files/Frappe_x1.zip",
+    holds="train.csv",
     members=(
       ("train.csv", "ba7306e6c4fc19dd2cd84f2f0596d158"),
       ("valid.csv", "88d51bf2173505436d3a8f78f2a59da8"),
@@ -83,9 +85,14 @@ def download(
     try:
       unpacked.parent.mkdir(parents=True, exist_ok=True)
       file = unpacked.with_name(name)
-      if not file.exists():
+      fetch = not file.exists()
+      if fetch:
         _fetch(address, file, archive, timeout)
-      _unpack(file, unpacked, archive)
+      try:
+        _unpack(file, unpacked, archive)
+      finally:
+        if fetch:  # An archive put there by hand is not ours to remove.
+          file.unlink()
     except DownloadError:
       raise
     except OSError as error:
@@ -93,35 +100,31 @@ def download(
         f"writing the download to {folder} failed: {error.strerror or error}; "
         "free the disk or name another --input"
       ) from error
-  inside = unpacked / archive.folder
-  return inside if inside.is_dir() else unpacked
+  return next(p.parent for p in sorted(unpacked.rglob(archive.holds)))
 
 
 def _fetch(address: str, file: pathlib.Path, archive: Archive, timeout: float) -> None:
   partial = file.with_name(file.name + ".partial")
-  digest, size = hashlib.md5(), 0
   try:
     try:
       response = urllib.request.urlopen(address, timeout=timeout)
     except urllib.error.HTTPError as error:
       raise DownloadError(f"{address} answers {error.code} {error.reason}; {_MEND}") from error
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
       reason = getattr(error, "reason", error)
       raise DownloadError(f"{address} cannot be reached ({reason}); {_MEND}") from error
-    expected = archive.size or int(response.headers.get("Content-Length", 0))
+    announced = int(response.headers.get("Content-Length", 0))
+    expected = archive.size or announced
     bar = tqdm.tqdm(total=expected, desc=file.name, unit="B", unit_scale=True)
     with response, bar, open(partial, "wb") as out:
       while block := _read(response, address):
         out.write(block)
-        digest.update(block)
-        size += len(block)
         bar.update(len(block))
-    if expected and size != expected:
-      raise DownloadError(f"{address} brought {size} bytes, but {expected} are right; {_MEND}")
-    if archive.md5 and digest.hexdigest() != archive.md5:
+    if partial.stat().st_size < announced:
       raise DownloadError(
-        f"{address} has md5 {digest.hexdigest()}, but {archive.md5} is right; {_MEND}"
+        f"{address} broke off after {partial.stat().st_size} of {announced} bytes; {_MEND}"
       )
+    _check(partial, address, archive.size, archive.md5)
     partial.rename(file)
   finally:
     partial.unlink(missing_ok=True)
@@ -137,25 +140,31 @@ def _read(response, address: str) -> bytes:
     raise DownloadError(f"the connection to {address} broke ({error}); {_MEND}") from error
 
 
+def _check(file: pathlib.Path, name: str, size: int, md5: str) -> None:
+  """Raises DownloadError if size or md5 (where known) are not those that were published."""
+  if size and file.stat().st_size != size:
+    raise DownloadError(f"{name} has {file.stat().st_size} bytes, but {size} are right; {_MEND}")
+  with open(file, "rb") as stream:
+    found = hashlib.file_digest(stream, "md5").hexdigest()
+  if md5 and found != md5:
+    raise DownloadError(f"{name} has md5 {found}, but {md5} is right; {_MEND}")
+
+
 def _unpack(file: pathlib.Path, target: pathlib.Path, archive: Archive) -> None:
   partial = target.with_name(target.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:
+    _check(file, str(file), archive.size, archive.md5)
     try:
       with zipfile.ZipFile(file) as content:
         content.extractall(partial)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-      raise DownloadError(
-        f"{file} is no whole zip file ({error}); remove it and {_MEND}"
-      ) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+      raise DownloadError(f"{file} is no whole zip file ({error}); {_MEND}") from error
     for name, md5 in archive.members:
       found = next(iter(partial.rglob(name)), None)
       if found is None:
-        raise DownloadError(f"{file} holds no {name}; remove it and {_MEND}")
-      with open(found, "rb") as stream:
-        right = hashlib.file_digest(stream, "md5").hexdigest()
-      if right != md5:
-        raise DownloadError(f"{name} of {file} has md5 {right}, but {md5} is right; {_MEND}")
+        raise DownloadError(f"{file} holds no {name}; {_MEND}")
+      _check(found, f"{name} of {file}", 0, md5)
     partial.rename(target)
   finally:
     shutil.rmtree(partial, ignore_errors=True)

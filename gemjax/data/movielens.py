@@ -50,6 +50,7 @@ class _Layout:
   event_names: dict[str, str]  # Ours: theirs.
   user_names: dict[str, str]
   item_columns: Callable[[pl.DataFrame], pl.DataFrame]  # -> item, year, genres
+  item_key: str = "item"
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,11 +84,8 @@ class MovieLens:
   def _load(self) -> tuple[Chunk, np.ndarray, np.ndarray]:
     files = self.layout
     events = _renamed(files.events, files.event_names)
-    for name in ("user", "item", "time", "label"):
-      x_B = numbers(events, name)
-      complete(events, name, np.isnan(x_B), "every event needs it")
-      number = pl.Series(name, x_B) if name in ("time", "label") else pl.Series(name, x_B).cast(int)
-      events = dataclasses.replace(events, frame=events.frame.with_columns(number))
+    for name, kind in (("user", int), ("item", int), ("time", float), ("label", float)):
+      events = _numbered(events, name, kind)
     user, time, item = (events.frame[n].to_numpy() for n in ("user", "time", "item"))
     order = np.lexsort((np.arange(len(user)), time, user))
     # Past of event e: the events of its user from the first one to the first at e's own time.
@@ -98,9 +96,12 @@ class MovieLens:
     begin_end = np.empty((len(order), 2), np.int64)
     begin_end[order] = np.stack([np.maximum(first, end - HISTORY), end], axis=1)
     rated = (events.frame["label"] > 0).to_numpy()  # 0 stands for an unknown rating.
-    users = _renamed(files.users, files.user_names).frame
-    users = users.with_columns(pl.col("user").cast(pl.Int64), pl.col("zip").str.slice(0, 3))
-    items = files.item_columns(_whole(files.items).frame)
+    if not rated.any():
+      raise RawDataError(f"{self.path} holds no known rating; give it ratings of 1 to 5")
+    users = _numbered(_renamed(files.users, files.user_names), "user", int).frame
+    users = users.with_columns(pl.col("zip").str.slice(0, 3))
+    items = _numbered(_whole(files.items), files.item_key, int).frame
+    items = files.item_columns(items.rename({files.item_key: "item"}))
     events = events.where(rated)
     frame = events.frame
     for side, key in ((users, "user"), (items, "item")):
@@ -125,10 +126,11 @@ def movielens_100k(path: pathlib.Path) -> Source:
       user_names={n: f"{n}:token" for n in ("age", "gender", "occupation")}
       | {"user": "user_id:token", "zip": "zip_code:token"},
       item_columns=lambda t: t.select(
-        pl.col("item_id:token").cast(pl.Int64).alias("item"),
+        "item",
         pl.col("release_year:token").alias("year"),
         pl.col("class:token_seq").str.split(" ").alias("genres"),
       ),
+      item_key="item_id:token",
     )
   elif _has(path, "u.data", "u.user", "u.item", "u.genre"):
     lines = (path / "u.genre").read_text().split()  # Its last line is blank.
@@ -141,7 +143,7 @@ def movielens_100k(path: pathlib.Path) -> Source:
       event_names=_same("user item label time"),
       user_names=_same("user age gender occupation zip"),
       item_columns=lambda t: t.select(
-        pl.col("item").cast(pl.Int64),
+        "item",
         pl.col("date").str.slice(-4).alias("year"),
         pl.concat_list(pl.when(pl.col(g) == "1").then(pl.lit(g)) for g in genres)
         .list.drop_nulls()
@@ -205,7 +207,7 @@ def is_movielens_1m(path: pathlib.Path) -> bool:
 
 def _titled(items: pl.DataFrame) -> pl.DataFrame:
   return items.select(
-    pl.col("item").cast(pl.Int64),
+    "item",
     pl.col("title").str.extract(r"\((\d{4})\)\s*$").alias("year"),
     pl.col("genres").str.split("|"),
   )
@@ -235,6 +237,13 @@ def _header(file: TextFile) -> list[str]:
 def _renamed(file: TextFile, names: dict[str, str]) -> Chunk:
   chunk = _whole(file, list(names.values()))
   return dataclasses.replace(chunk, frame=chunk.frame.rename({v: k for k, v in names.items()}))
+
+
+def _numbered(chunk: Chunk, name: str, kind: type) -> Chunk:
+  x_B = numbers(chunk, name)
+  complete(chunk, name, np.isnan(x_B), "every row needs it")
+  column = pl.Series(name, x_B).cast(kind)
+  return dataclasses.replace(chunk, frame=chunk.frame.with_columns(column))
 
 
 def _file(path: pathlib.Path, delimiter: str, names: str) -> TextFile:

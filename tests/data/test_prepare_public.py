@@ -202,6 +202,12 @@ def test_movielens_bad_rows(tmp_path):
   write_100k(tmp_path, [*events, ("7", "3", "", 5)], users, items)
   with pytest.raises(ValueError, match=r"u.data, line 601: column 'label' is missing"):
     prepare("movielens-100k", tmp_path, tmp_path / "out", progress=False)
+  write_100k(tmp_path, events, {"x1": users["1"], **users}, items)
+  with pytest.raises(ValueError, match=r"u.user, line 1: column 'user' must be a number.*'x1'"):
+    prepare("movielens-100k", tmp_path, tmp_path / "out", progress=False)
+  write_100k(tmp_path, [(u, i, 0, t) for u, i, _, t in events], users, items)
+  with pytest.raises(ValueError, match=r"u.data holds no known rating"):
+    prepare("movielens-100k", tmp_path, tmp_path / "out", progress=False)
   assert not (tmp_path / "out").exists()
 
 
