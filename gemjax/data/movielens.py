@@ -15,8 +15,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from gemjax.data.public import Source
-from gemjax.data.raw import BATCH_ROWS, Chunk, RawDataError, TextFile
+from gemjax.data.raw import BATCH_ROWS, Chunk, RawDataError, Source, TextFile
 from gemjax.data.schema import Column, Schema, SplitRule
 from gemjax.data.values import complete, numbers
 

@@ -12,8 +12,7 @@ import tqdm
 from gemjax.data import movielens, public, table
 from gemjax.data.encoding import fit
 from gemjax.data.prepared import PreparedData, PreparedWriter
-from gemjax.data.public import Source
-from gemjax.data.raw import Chunk, RawDataError, Reader, existing
+from gemjax.data.raw import Chunk, RawDataError, Reader, Source, existing
 from gemjax.data.schema import SPLITS, Schema, SchemaError, load_schema
 from gemjax.data.values import complete, numbers
 from gemjax.data.vocabulary import mix

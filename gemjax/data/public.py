@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 
-from gemjax.data.raw import ParquetFile, RawDataError, Reader, TextFile, existing
+from gemjax.data.raw import ParquetFile, RawDataError, Reader, Source, TextFile, existing
 from gemjax.data.schema import SPLITS, Column, Schema, SplitRule
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Source:
-  """Raw data: its schema, and its files by split, or all under "" where a rule splits them."""
-
-  schema: Schema
-  files: dict[str, tuple[Reader, ...]]
-
 
 _CONTEXT = ("daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city")
 

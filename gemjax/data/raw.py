@@ -15,6 +15,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gemjax.data.schema import Schema
+
 BLOCK_BYTES = 1 << 24
 BATCH_ROWS = 1 << 16
 
@@ -51,6 +53,14 @@ class Reader(Protocol):
   def size(self) -> int: ...  # Bytes, for the progress bar.
 
   def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+  """Raw data: its schema, and its files by split, or all under "" where a rule splits them."""
+
+  schema: Schema
+  files: dict[str, tuple[Reader, ...]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -183,6 +183,10 @@ class Schema:
     """The schema with all categories hashed to `hash_rows`, or cut at `min_count` (0: as is)."""
     if not hash_rows and not min_count:
       return self
+    if hash_rows and min_count:
+      raise SchemaError(
+        f"hash_rows = {hash_rows} and min_count = {min_count} exclude each other; drop one"
+      )
     if hash_rows:
       change = {"encoding": "hash", "rows": hash_rows, "min_count": 1}
     else:

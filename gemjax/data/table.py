@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from gemjax.data.public import Source
-from gemjax.data.raw import ParquetFile, RawDataError, Reader, TextFile
+from gemjax.data.raw import ParquetFile, RawDataError, Reader, Source, TextFile
 from gemjax.data.schema import SPLITS, Schema
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}

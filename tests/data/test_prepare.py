@@ -419,10 +419,9 @@ def test_hash_of_a_slice_and_of_chunks_and_forever():
   assert hash_texts(texts[2:5]).tolist() == hash_texts(texts).tolist()[2:5]
   halves = pl.concat([texts[:3], texts[3:]], rechunk=False)
   assert hash_texts(halves).tolist() == hash_texts(texts).tolist()
-  # Written down once: prepared data of the past must stay readable.
-  assert [oracle_hash("ad", 0), oracle_hash("ad", 7)] == hash_texts(
-    pl.Series(["ad"])
-  ).tolist() + hash_texts(pl.Series(["ad"]), 7).tolist()
+  # Written down once: rows of trained tables must stay what they were.
+  assert hash_texts(pl.Series(["ad"])).tolist() == [17145965081915776285]
+  assert hash_texts(pl.Series(["ad"]), 7).tolist() == [16352009611689214349]
 
 
 @given(st.sets(st.text(max_size=12), max_size=200), st.lists(st.text(max_size=12), max_size=50))

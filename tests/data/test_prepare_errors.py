@@ -244,6 +244,8 @@ def test_bad_arguments(tmp_path):
     call("table", *args, tmp_path / "none.toml")
   with pytest.raises(SchemaError, match=r"rows >= 3.*rows = 2"):
     call("table", *args, schema, hash_rows=2)
+  with pytest.raises(SchemaError, match=r"exclude each other"):
+    call("table", *args, schema, hash_rows=9, min_count=2)
   assert not (tmp_path / "out").exists()
 
 
