@@ -86,6 +86,11 @@ ROWS = {
     SCHEMA,
     ["line 9 has 5 columns"],
   ),
+  "many and few": (
+    with_row(b"0,1,a,u,1", 12, with_row(b"0,1,a,u,1,a,7", 9)),
+    SCHEMA,
+    ["line 9 has 7 columns"],
+  ),
   "blank line": (with_row(b""), SCHEMA, ["line 6 has 0 columns", "6 are expected"]),
   "open quote": (with_row(b'0,1,"a,u,1,a'), SCHEMA, ["line 6", "quoted values must be closed"]),
   "short in quotes": (with_row(b'0,1,"a,b,c"'), SCHEMA, ["line 6 has 3 columns"]),
