@@ -64,10 +64,11 @@ class StackRule:
 
   def lookup(self, stack: Stack, ids_M: jax.Array) -> jax.Array:
     """(M, W) float32: the rows as a dense optimiser would have them now; zeros for id R."""
-    rows_MW = stack.rows_RW.at[ids_M].get(mode="fill", fill_value=0).astype(jnp.float32)
-    if not self.decay:
-      return rows_MW
-    return rows_MW * _missed(stack.marks_R, ids_M, stack.log_decay[0])[:, None]
+    read = lambda array: array.at[ids_M].get(mode="fill", fill_value=0)
+    rows_MW = read(stack.rows_RW).astype(jnp.float32)
+    if self.decay:
+      rows_MW *= jnp.exp(stack.log_decay[0] - read(stack.marks_R))[:, None]
+    return rows_MW
 
   def update(
     self,
@@ -95,26 +96,27 @@ class StackRule:
     gather = lambda array: array.at[unique_M].get(
       mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
     )
+    arrays = (stack.rows_RW, stack.slots, stack.marks_R)
+    rows_MW, slots, marks_M = jax.tree.map(gather, arrays)
     scatter = lambda array, new: array.at[unique_M].set(
       new.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
     )
-    old_MW = gather(stack.rows_RW).astype(jnp.float32)
-    slots = jax.tree.map(gather, stack.slots)
+    rows_MW = rows_MW.astype(jnp.float32)
     delta_MW, new_slots = self.optimizer.step(sum_MW, slots, learning_rate, step)
-    marks_R, log_decay = stack.marks_R, stack.log_decay
+    log_decay, new_marks_M = stack.log_decay, None
     if self.decay:
       log_decay = _add(log_decay, jnp.log1p(-learning_rate * self.decay))
-      old_MW *= _missed(marks_R, unique_M, log_decay[0])[:, None]
-      marks_R = scatter(marks_R, jnp.broadcast_to(log_decay[0], unique_M.shape))
-    new_MW = old_MW - delta_MW
+      rows_MW *= jnp.exp(log_decay[0] - marks_M)[:, None]
+      # This is C_t, which only falls, for every row with a finite gradient. Written so that marks
+      # are seen to be read, by the forward pass behind the gradient and above, before they are
+      # written: without an order XLA copies all R of them to keep the old values.
+      fallen_M = jnp.minimum(log_decay[0], marks_M)
+      new_marks_M = jnp.where(jnp.isfinite(sum_MW[:, 0]), fallen_M, marks_M)
+    new_MW = rows_MW - delta_MW
     if stack.rows_RW.dtype == jnp.bfloat16:
       new_MW = round_stochastically(new_MW, key)
-    return Stack(
-      rows_RW=scatter(stack.rows_RW, new_MW),
-      slots=jax.tree.map(scatter, stack.slots, new_slots),
-      marks_R=marks_R,
-      log_decay=log_decay,
-    )
+    rows_RW, slots, marks_R = jax.tree.map(scatter, arrays, (new_MW, new_slots, new_marks_M))
+    return Stack(rows_RW, slots, marks_R, log_decay)
 
 
 def sum_duplicates(
@@ -150,12 +152,6 @@ def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
   noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
   cut = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
   return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
-
-
-def _missed(marks_R: jax.Array, ids_M: jax.Array, log_decay: jax.Array) -> jax.Array:
-  """exp(C_t - C_s): what a row has shrunk by since it was last written."""
-  marks_M = marks_R.at[ids_M].get(mode="fill", fill_value=0)
-  return jnp.exp(log_decay - marks_M)
 
 
 def _add(sum_2: jax.Array, term: jax.Array) -> jax.Array:

@@ -44,7 +44,7 @@ def _keep_freed_memory() -> None:
   libc = ctypes.CDLL(None)
   for name, value in (
     (mmap_max, 0),
-    (trim_threshold, 2**31 - 1),
+    (trim_threshold, -1),  # Never; a large number would be cut to 31 bits, 2 GB.
     (top_pad, 64 << 20),
     (arena_max, 1),
   ):
