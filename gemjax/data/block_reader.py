@@ -69,23 +69,25 @@ class BlockReader:
 def check_block(columns: Columns, features: FeatureSet, source: str) -> Columns:
   """`columns` with absent optional ones filled in, after checking shapes, dtypes and values."""
   n = len(columns["label"])
-  widths = {"dense": len(features.dense), "ids": len(features.sparse), "label": len(features.tasks)}
-  columns = {
-    "group": np.full(n, -1, np.int32),
-    "oracle": np.zeros((n, 0), np.float32),
-    **{name: np.zeros((n, 0), np.float32) for name, width in widths.items() if not width},
-    **columns,
+  wanted = {
+    "dense": (len(features.dense), np.float32),
+    "ids": (len(features.sparse), np.int32),
+    "label": (len(features.tasks), columns["label"].dtype),  # The values decide.
   }
+  absent = {name: np.zeros((n, 0), dtype) for name, (width, dtype) in wanted.items() if not width}
+  absent |= {"group": np.full(n, -1, np.int32), "oracle": np.zeros((n, 0), np.float32)}
+  columns = absent | columns
 
   def bad(field: str, law: str):
     return CorruptBlockError(f"{source}, {field}: {law}; prepare again")
 
-  for name, width in widths.items():
-    if (shape := columns[name].shape if name in columns else None) != (n, width):
-      raise bad(f"column {name!r}", f"shape {shape}, but the feature set asks for {(n, width)}")
-  for name, dtype in (("dense", np.float32), ("ids", np.int32), ("group", np.int32)):
-    if len(columns[name].T) and columns[name].dtype != dtype:
-      raise bad(f"column {name!r}", f"{columns[name].dtype}, but it must be {np.dtype(dtype)}")
+  for name, (width, dtype) in wanted.items():
+    found = (columns[name].shape, columns[name].dtype) if name in columns else "absent"
+    if found != ((n, width), dtype):
+      raise bad(
+        f"column {name!r}",
+        f"it is {found}, but the feature set asks for {((n, width), np.dtype(dtype))}",
+      )
   if features.grouped and columns["group"].min(initial=0) < 0:
     raise bad("column 'group'", "no user for an example, but the feature set says grouped")
 
@@ -114,6 +116,9 @@ def check_block(columns: Columns, features: FeatureSet, source: str) -> Columns:
     values, lengths = columns.get(f"{f.name}.values"), columns.get(f"{f.name}.lengths")
     if values is None or lengths is None:
       raise bad(f"sequence {f.name!r}", "its values or lengths are not in the block")
+    if values.dtype != np.int32 or lengths.dtype != np.int32:
+      found = (values.dtype, lengths.dtype)
+      raise bad(f"sequence {f.name!r}", f"values and lengths are {found}, but must be int32")
     if len(lengths) != n or lengths.min(initial=0) < 0 or lengths.sum() != len(values):
       raise bad(
         f"sequence {f.name!r}",

@@ -1,0 +1,29 @@
+"""Measures one part of the project and prints its figures; every ratio comes from one run.
+
+python launch/benchmark.py --suite=data --json=data.json
+"""
+
+import importlib
+import json
+import pathlib
+
+import cli
+from absl import flags
+
+_SUITES = sorted(p.stem for p in (pathlib.Path(__file__).parent / "benchmarks").glob("*.py"))
+_SUITE = flags.DEFINE_enum("suite", None, _SUITES, "A module of launch/benchmarks.", required=True)
+_JSON = flags.DEFINE_string("json", None, "File for the figures.")
+
+
+def main():
+  if _JSON.value:
+    pathlib.Path(_JSON.value).touch()  # Minutes of measuring should not end in a bad path.
+  figures = importlib.import_module(f"benchmarks.{_SUITE.value}").run()
+  for key, value in figures.items():
+    print(f"{key:<32} {value:,.4g}")
+  if _JSON.value:
+    pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  cli.run(main)
