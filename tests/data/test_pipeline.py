@@ -149,6 +149,15 @@ def test_a_window_mixes_its_blocks_and_no_others(data):
   assert firsts != sorted(firsts)
 
 
+def test_every_epoch_has_its_own_order_of_blocks_and_within_blocks(data):
+  """With windows of one block, both permutations can be read off the stream."""
+  epochs = rows(stream(data, 30, window_blocks=1)).reshape(3, N)
+  blocks = [tuple(dict.fromkeys((epoch // BLOCK).tolist())) for epoch in epochs]
+  assert len({*blocks, tuple(range(16))}) == 4
+  within = [tuple(epoch[epoch // BLOCK == b] % BLOCK) for epoch in epochs for b in range(15)]
+  assert len({*within, tuple(range(BLOCK))}) == 46
+
+
 def test_every_block_is_decoded_once_an_epoch(data, monkeypatch):
   batches, counts = Batches(data, "train", 50, 1, 3), collections.Counter()
   read = batches._reader.read
