@@ -1,0 +1,179 @@
+"""The training step against a dense oracle, and what it promises about memory and reporting."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from gemjax import config as c
+from gemjax.embedding import assemble, stack_ids
+from gemjax.features import Batch, Dense, FeatureSet, Jagged, Sequence, Sparse
+from gemjax.train.flops import matmul_flops
+from gemjax.train.losses import binary_cross_entropy
+from gemjax.train.optimizer import dense_optimizer, schedule
+from gemjax.train.state import NEVER, init_state, make_trainer
+from gemjax.train.step import predict_step, train_step
+
+B = 16
+
+
+def features(rows=40):
+  return FeatureSet(
+    dense=(Dense(name="x"),),
+    sparse=(Sparse(name="a", size=rows, table="a"), Sparse(name="b", size=7, table="b")),
+    sequence=(Sequence(name="h", size=rows, table="a", max_length=4),),
+    tasks=("click", "buy"),
+  )
+
+
+def batch(seed=0, rows=40):
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(0, 4, B).astype(np.int32)
+  values = np.zeros(64, np.int32)
+  values[: lengths.sum()] = rng.integers(0, rows, lengths.sum())
+  return Batch(
+    dense_BF=rng.normal(size=(B, 1)).astype(np.float32),
+    ids_BS=np.stack([rng.integers(0, rows, B), rng.integers(0, 7, B)], 1).astype(np.int32),
+    label_BT=rng.integers(0, 2, (B, 2)).astype(np.float32),
+    weight_B=np.ones(B, np.float32),
+    group_B=np.zeros(B, np.int32),
+    oracle_BT=np.zeros((B, 0), np.float32),
+    sequences={"h": Jagged(values, lengths)},
+  )
+
+
+def trainer(optimizer="sgd", rows=40, **embedding):
+  embedding = {"dim": 4, "learning_rate": 0.1, "init_scale": 0.5} | embedding
+  config = c.Config(
+    name="x",
+    embedding=c.Embedding(optimizer=optimizer, **embedding),
+    model=c.Wukong(layers=2, fmb_units=2, lcb_units=2, rank=2, mlp=(5,), head=(5,)),
+    train=c.Train(task_weights={"buy": 0.5}),
+  )
+  return make_trainer(config, features(rows), steps=100)
+
+
+def test_a_step_equals_dense_training_of_whole_tables():
+  """Gradients by autodiff through full tables, plain SGD on them, Adam on the rest."""
+  t = trainer("sgd", weight_decay=0.2)
+  state = init_state(t, 0)
+  params, opt_state = state.params, state.opt_state
+  tables = {w: s.rows_RW for w, s in state.stacks.items()}
+  step = jax.jit(functools.partial(train_step, t))
+
+  def dense_loss(params, tables, b):
+    rows = {w: jnp.pad(tables[w], ((0, 1), (0, 0)))[i] for w, i in stack_ids(t.layout, b).items()}
+    units, small = assemble(t.layout, rows, b)
+    logits = nnx.merge(t.graph, params)(units, small, b.dense_BF)
+    return binary_cross_entropy(logits, b.label_BT, b.weight_B, jnp.array([1.0, 0.5]))
+
+  oracle = jax.jit(jax.value_and_grad(dense_loss, argnums=(0, 1)))
+  for i in range(12):
+    b = batch(i)
+    state, loss = step(state, b)
+    expected, (dp, dt) = oracle(params, tables, b)
+    updates, opt_state = t.optimizer.update(dp, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    tables = {w: (1 - 0.1 * 0.2) * tables[w] - 0.1 * dt[w] for w in tables}
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  for w, s in state.stacks.items():
+    read = t.rule.lookup(s, jnp.arange(len(s.rows_RW)))
+    np.testing.assert_allclose(read, tables[w], rtol=1e-4, atol=1e-6)
+  # Adam divides by gradients that may be nearly zero, so that 1e-7 becomes visible.
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-5), state.params, params
+  )
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "lazy_adam", "sgd"])
+def test_training_fits_a_batch(optimizer):
+  t = trainer(optimizer, learning_rate=0.02)
+  state, b = init_state(t, 0), batch()
+  step = jax.jit(functools.partial(train_step, t), donate_argnums=0)
+  losses = []
+  for _ in range(300):
+    state, loss = step(state, b)
+    losses.append(float(loss))
+  assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_order_of_examples_does_not_matter():
+  t, b = trainer(), batch()
+  state = init_state(t, 0)
+  order = np.random.default_rng(0).permutation(B)
+  starts = np.concatenate([[0], np.cumsum(b.sequences["h"].lengths_B)])
+  events = [b.sequences["h"].values_E[starts[i] : starts[i + 1]] for i in order]
+  values = np.zeros(64, np.int32)
+  values[: starts[-1]] = np.concatenate(events)
+  shuffled = Batch(
+    *(x[order] for x in b[:-1]), {"h": Jagged(values, b.sequences["h"].lengths_B[order])}
+  )
+  logits = predict_step(t, state, b)
+  np.testing.assert_allclose(predict_step(t, state, shuffled), logits[order], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_rows_change_nothing():
+  t, b = trainer(), batch()
+  state = init_state(t, 0)
+  padded = b._replace(weight_B=np.concatenate([np.ones(8), np.zeros(8)]).astype(np.float32))
+  poisoned = padded._replace(label_BT=np.where(np.arange(B)[:, None] < 8, b.label_BT, 1.0))
+  _, a = train_step(t, state, padded)
+  _, z = train_step(t, state, poisoned)
+  np.testing.assert_array_equal(a, z)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd", "lazy_adam"])
+def test_the_compiled_step_has_no_temporary_of_a_tables_size(optimizer, decay):
+  rows = 1_000_003
+  t = trainer(optimizer, rows, weight_decay=decay)
+  state = jax.eval_shape(functools.partial(init_state, t, 0))
+  step = jax.jit(functools.partial(train_step, t), donate_argnums=0)
+  memory = step.lower(state, batch(rows=rows)).compile().memory_analysis()
+  stacks = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.stacks))
+  assert memory.alias_size_in_bytes >= stacks
+  assert memory.temp_size_in_bytes < rows  # Not even a byte a row.
+
+
+def test_the_first_part_that_is_not_finite_is_remembered():
+  t = trainer()
+  state = init_state(t, 0)
+  state, _ = train_step(t, state, batch())
+  assert all(int(s) == NEVER for s in state.bad_step.values())
+  bad = batch()._replace(dense_BF=np.full((B, 1), np.inf, np.float32))
+  state, _ = train_step(t, state, bad)
+  state, _ = train_step(t, state, batch())
+  first = {part: int(s) for part, s in state.bad_step.items()}
+  assert first["loss"] == 1
+  assert {"gradient of inputs.dense", "gradient of model.heads"} < set(first)
+
+
+def test_schedules_follow_their_formulas():
+  share = schedule(c.Optimizer(warmup=0.1, schedule="linear"), 100)
+  np.testing.assert_allclose([share(0), share(9)], [0.1, 1.0], rtol=1e-6)
+  np.testing.assert_allclose([share(10), share(55), share(100)], [1, 0.5, 0], atol=1e-6)
+  share = schedule(c.Optimizer(schedule="cosine"), 100)
+  np.testing.assert_allclose(share(25), (1 + np.cos(np.pi / 4)) / 2, rtol=1e-6)
+  share = schedule(c.Optimizer(warmup=1.0), 4)
+  np.testing.assert_allclose([share(i) for i in range(4)], [0.25, 0.5, 0.75, 1.0])
+
+
+def test_l2_moves_kernels_only():
+  optimizer = dense_optimizer(c.Optimizer(l2=1.0, learning_rate=0.1), 10)
+  params = {"a": {"kernel": jnp.ones(3), "bias": jnp.ones(3), "scale": jnp.ones(3)}}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zero, optimizer.init(params), params)
+  assert np.all(updates["a"]["kernel"] < 0)
+  assert not np.any(updates["a"]["bias"]) and not np.any(updates["a"]["scale"])
+
+
+def test_flops_are_counted_by_hand_also_inside_loops():
+  a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+  assert matmul_flops(lambda a, b: a @ b, a, b) == 2 * 3 * 4 * 5
+  square = jnp.ones((4, 4))
+  loop = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=7)[0]
+  assert matmul_flops(jax.jit(loop), a, square) == 7 * 2 * 3 * 4 * 4
