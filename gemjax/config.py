@@ -9,22 +9,13 @@ import dataclasses
 import math
 from typing import Any
 
-
-class ConfigError(ValueError):
-  """A field with a value that breaks the law named in the message."""
-
-
-def _need(holds: bool, field: str, value: Any, law: str) -> None:
-  if not holds:
-    raise ConfigError(f"config.{field} is {value!r}, but must be {law}")
+from gemjax import fields
+from gemjax.fields import ConfigError as ConfigError
+from gemjax.fields import need as _need
 
 
-def _widths(values: Any) -> bool:
-  return isinstance(values, tuple) and all(isinstance(v, int) and v > 0 for v in values)
-
-
-def _real(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
-  return isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+def _real(value: float, low: float = 0.0, high: float = math.inf) -> bool:
+  return math.isfinite(value) and low <= value <= high
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -160,27 +151,35 @@ class Config:
   checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
 
   def to_json(self) -> dict[str, Any]:
-    tree = dataclasses.asdict(self)
-    tree["model"] = {"kind": type(self.model).__name__, **tree["model"]}
-    return tree
+    return fields.to_json(self)
+
+  @classmethod
+  def from_json(cls, tree: dict[str, Any]) -> "Config":
+    """Inverse of `to_json`; a field that is absent keeps its default.
+
+    Raises:
+      ConfigError: a field or a kind of model that does not exist, or a value out of its law.
+    """
+    config = fields.from_json(cls, tree, "config")
+    config.validate()
+    return config
 
   def validate(self) -> None:
     """Raises ConfigError for the first field outside its law."""
+    fields.check_types(self)
     data, emb, opt, train = self.data, self.embedding, self.optimizer, self.train
     for name in ("batch_size", "eval_batch_size", "window_blocks"):
-      value = getattr(data, name)
-      _need(isinstance(value, int) and value > 0, f"data.{name}", value, "a positive whole number")
+      _need(getattr(data, name) > 0, f"data.{name}", getattr(data, name), "positive")
+    _need(data.path, "data.path", data.path, "a folder, or 'demo'")
     _need(data.demo_examples >= 20_000, "data.demo_examples", data.demo_examples, "at least 20000")
     for name in ("dim", "small_dim", "small_group", "dense_units"):
-      value = getattr(emb, name)
-      _need(
-        isinstance(value, int) and value > 0, f"embedding.{name}", value, "a positive whole number"
-      )
+      _need(getattr(emb, name) > 0, f"embedding.{name}", getattr(emb, name), "positive")
+    _need(emb.small_rows >= 0, "embedding.small_rows", emb.small_rows, "at least 0")
     _need(
-      all(isinstance(u, int) and u > 0 for u in emb.units.values()),
+      all(u > 0 for u in emb.units.values()),
       "embedding.units", emb.units, "a positive whole number for every feature",
     )  # fmt: skip
-    _need(_widths(emb.dense_mlp), "embedding.dense_mlp", emb.dense_mlp, "a tuple of widths")
+    _widths(emb.dense_mlp, "embedding.dense_mlp")
     for name in ("init_scale", "learning_rate", "eps", "weight_decay"):
       value = getattr(emb, name)
       _need(_real(value), f"embedding.{name}", value, "a finite number of at least 0")
@@ -197,14 +196,14 @@ class Config:
     _need(_real(opt.warmup, high=1.0), "optimizer.warmup", opt.warmup, "a share of steps in [0, 1]")
     _one_of(opt.schedule, "optimizer.schedule", "constant", "linear", "cosine")
     _need(train.steps >= 0, "train.steps", train.steps, "at least 0")
+    positive = train.steps or (_real(train.epochs) and train.epochs)
+    _need(positive, "train.epochs", train.epochs, "a finite number above 0")
     _need(
-      train.steps or (_real(train.epochs) and train.epochs),
-      "train.epochs",
-      train.epochs,
-      "positive",
-    )
+      all(_real(w) for w in train.task_weights.values()),
+      "train.task_weights", train.task_weights, "a finite number of at least 0 for every task",
+    )  # fmt: skip
     _need(_real(train.eval_every), "train.eval_every", train.eval_every, "at least 0")
-    _need(train.seed >= 0, "train.seed", train.seed, "at least 0")
+    _need(0 <= train.seed < 2**31, "train.seed", train.seed, "in [0, 2^31)")
     _need(train.log_every > 0, "train.log_every", train.log_every, "positive")
     _need(train.patience >= 0, "train.patience", train.patience, "at least 0")
     _one_of(train.dtype, "train.dtype", "float32", "bfloat16")
@@ -217,17 +216,21 @@ def _one_of(value: str, field: str, *allowed: str) -> None:
   _need(value in allowed, field, value, f"one of {', '.join(allowed)}")
 
 
+def _widths(value: tuple[int, ...], field: str) -> None:
+  _need(all(v > 0 for v in value), field, value, "a tuple of positive widths")
+
+
 def _validate_model(model: Model) -> None:
   for field in dataclasses.fields(model):
     name, value = f"model.{field.name}", getattr(model, field.name)
     if field.name in ("mlp", "head"):
-      _need(_widths(value), name, value, "a tuple of positive widths")
+      _widths(value, name)
     elif field.name.endswith("dropout"):
       _need(_real(value) and value < 1, name, value, "in [0, 1)")
     elif field.name == "fm":
       _one_of(value, name, "basic", "optimised", "attentive")
     else:
-      _need(isinstance(value, int) and value > 0, name, value, "a positive whole number")
+      _need(value > 0, name, value, "positive")
 
 
 # Fields that may change between the start of a run and its resumption: they move no weight.
@@ -237,19 +240,6 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
   """The first field in which two `to_json` trees differ, in words; free fields excepted."""
-  for key in [*old, *(k for k in new if k not in old)]:
-    path = prefix + key
-    a, b = old.get(key), new.get(key)
-    if isinstance(a, dict) and isinstance(b, dict) and a and b:
-      found = difference(a, b, path + ".")
-      if found:
-        return found
-    elif _plain(a) != _plain(b) and path not in FREE_ON_RESUME:
-      return f"config.{path} was {a!r} and is now {b!r}"
-  return None
-
-
-def _plain(value: Any) -> Any:
-  return list(value) if isinstance(value, tuple) else value
+  return fields.difference(old, new, free=FREE_ON_RESUME)

@@ -14,7 +14,7 @@ def run(main: Callable[[], int | None]) -> None:
   Exit codes: 0 done, 1 an error in one sentence, 2 wrong flags, 130 Ctrl-C, 143 SIGTERM.
   """
   set_up_process()
-  logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell every step of what they do.
+  logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback beside every error it raises.
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 

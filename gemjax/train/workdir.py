@@ -53,7 +53,7 @@ class Workdir:
     file = self.path / RUN
     if file.exists():
       before = read_run(self.path)
-      found = config_lib.difference(before["config"], json.loads(json.dumps(config.to_json())))
+      found = config_lib.difference(before["config"], config.to_json())
       if found:
         raise WorkdirError(f"{self.path} holds a run in which {found}; name another --workdir")
       found = FeatureSet.from_json(before["features"]).difference(features)
