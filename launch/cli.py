@@ -21,13 +21,17 @@ def run(main: Callable[[], int | None]) -> None:
 def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
-  except Exception as error:  # config_flags raises KeyError, TypeError and more from inside.
-    _fail(2, f"wrong flags: {_sentence(error)}")
+  except Exception as error:  # config_flags runs the config file, which may raise anything.
+    config = next((f" ({arg})" for arg in argv if arg.startswith("--config=")), "")
+    kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
+    mend = "see --help, and gemjax/config.py for the fields"
+    _fail(2, f"wrong flags{config}: {kind}{_sentence(error)}; {mend}")
 
 
 def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
   from gemjax.checkpoint import CheckpointError
-  from gemjax.train.loop import NonFiniteError, Terminated
+  from gemjax.train.loop import NonFiniteError
+  from gemjax.train.termination import Terminated
 
   if argv[1:]:
     _fail(2, f"arguments must be flags, but got {argv[1:]}; write --name=value")

@@ -5,6 +5,8 @@
     --config.data.path=RAW_OR_PREPARED --config.train.seed=1
 """
 
+import pathlib
+
 import cli
 from absl import flags
 from ml_collections import config_flags
@@ -14,11 +16,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints
 
 
 def main():
+  from gemjax.config import Config, ConfigError
   from gemjax.train.loop import train
   from gemjax.train.workdir import WorkdirError
 
-  if _CONFIG.value is None:
-    raise WorkdirError("--config is missing; name a file of configs/, as configs/wukong_demo.py")
+  file = config_flags.get_config_filename(flags.FLAGS["config"])
+  if not file:
+    raise ConfigError("--config is missing; name a file of configs/, as configs/wukong_demo.py")
+  if not pathlib.Path(file.split(":")[0]).is_file():
+    raise ConfigError(f"--config={file} is no file; name one of configs/")
+  if not isinstance(_CONFIG.value, Config):
+    raise ConfigError(f"get_config of {file} must return a gemjax Config, not {_CONFIG.value!r}")
   if not _WORKDIR.value:
     raise WorkdirError("--workdir is missing; name the folder of this run")
   train(_CONFIG.value, _WORKDIR.value)

@@ -87,7 +87,7 @@ def simulate(
     return writer.finish(
       features,
       vocabularies={name: ids.tolist() for name, ids in vocabularies.items()},
-      origin={"name": "simulator", "parameters": parameters},
+      origin={"dataset": "demo", **parameters},
     )
 
 

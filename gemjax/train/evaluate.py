@@ -12,6 +12,10 @@ from gemjax import metrics
 from gemjax.features import Batch, FeatureSet
 
 
+class PredictionError(ValueError):
+  """Predictions that are not finite."""
+
+
 def evaluate(
   predict: Callable[[Any, Batch], jax.Array],
   state: Any,
@@ -25,6 +29,9 @@ def evaluate(
     state: What `predict` reads.
     batches: Rows of weight 0 are left out.
     features: Names the tasks.
+
+  Raises:
+    PredictionError: a logit is not finite.
   """
   logits, labels, groups, oracles = [], [], [], []
   for batch in batches:
@@ -33,9 +40,11 @@ def evaluate(
     labels.append(batch.label_BT[real_B])
     groups.append(batch.group_B[real_B])
     oracles.append(batch.oracle_BT[real_B])
-  oracle_NT = np.concatenate(oracles)
+  logits_NT, oracle_NT = np.concatenate(logits), np.concatenate(oracles)
+  if bad := int((~np.isfinite(logits_NT)).any(1).sum()):
+    raise PredictionError(f"{bad:,} of {len(logits_NT):,} predictions are not finite")
   return metrics.evaluate_arrays(
-    np.concatenate(logits),
+    logits_NT,
     np.concatenate(labels),
     np.concatenate(groups),
     list(features.tasks),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -19,22 +18,26 @@ from gemjax.data.pipeline import evaluation_batches, train_batches
 from gemjax.data.prepared import PreparedData
 from gemjax.train import summary as summary_lib
 from gemjax.train.compiled import Compiled
-from gemjax.train.evaluate import evaluate
+from gemjax.train.evaluate import PredictionError, evaluate
 from gemjax.train.flops import matmul_flops
 from gemjax.train.progress import Phases, Progress
 from gemjax.train.source import open_data
-from gemjax.train.state import NEVER, TrainState, init_state, make_trainer, parameter_counts
+from gemjax.train.state import (
+  NEVER,
+  TrainState,
+  init_state,
+  make_trainer,
+  not_finite,
+  parameter_counts,
+)  # fmt: skip
 from gemjax.train.step import predict_step, train_step
 from gemjax.train.stopping import BestSoFar
+from gemjax.train.termination import Terminated, Termination
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, write_json
 
 
 class NonFiniteError(RuntimeError):
   """Training met a value that is not finite."""
-
-
-class Terminated(Exception):
-  """SIGTERM came; all is saved."""
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -48,32 +51,35 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   """
   config.validate()
   phases = Phases()
-  with Workdir(workdir) as folder:
+  with Termination() as termination, Workdir(workdir) as folder:
     with phases("data"):
       data = open_data(config, folder.path)
       for split in ("train", "valid", "test"):
         data.split(split)
-    folder.claim(config, data.features)
-    return _Run(config, data, folder, phases).run()
+    return _Run(config, data, folder, phases, termination).run()
 
 
 class _Run:
   """One run's parts; `run` is the order in which they act."""
 
   def __init__(
-    self, config: config_lib.Config, data: PreparedData, folder: Workdir, phases: Phases
+    self,
+    config: config_lib.Config,
+    data: PreparedData,
+    folder: Workdir,
+    phases: Phases,
+    termination: Termination,
   ):
     examples, batch = data.split("train").examples, config.data.batch_size
     self.steps = config.train.steps or math.ceil(config.train.epochs * examples / batch)
     interval = max(1, round(config.train.eval_every * examples / batch))
     self.eval_interval = interval if config.train.eval_every else self.steps
     self.config, self.data, self.folder, self.phases = config, data, folder, phases
+    self.termination = termination
     self.trainer = make_trainer(config, data.features, self.steps)
     self.step_fn = Compiled(functools.partial(train_step, self.trainer), donate=(0,))
     self.predict = Compiled(functools.partial(predict_step, self.trainer))
     self.init = functools.partial(init_state, self.trainer, config.train.seed)
-    self.progress = Progress(folder.path, self.steps, batch)
-    self.checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=config.checkpoint.keep)
     self.batches = iter(
       train_batches(
         data,
@@ -82,15 +88,18 @@ class _Run:
         window_blocks=config.data.window_blocks,
       )
     )
+    # What can be refused has been refused: from here on the folder is this run's.
+    self.checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=config.checkpoint.keep)
+    folder.claim(config, data.features, begun=bool(self.checkpoints.steps))
+    self.progress = Progress(folder.path, self.steps, batch)
     self.best = BestSoFar(metric=config.train.stop_metric)
     self.valid: dict[str, Any] = {}  # Results of the best evaluation.
     self.train_loss = math.nan  # Mean since the evaluation before.
-    self.seconds = 0.0  # In steps, over all starts.
-    self.terminated = False
+    self.seconds = 0.0  # In steps, over all starts, without compilation.
 
   def run(self) -> dict[str, Any]:
     """Resume or begin, train, choose the best, test, report."""
-    before = signal.signal(signal.SIGTERM, self._terminate)
+    self.termination.deferred = True
     try:
       with self.phases("state"):
         state = self._resume() if self.checkpoints.steps else jax.jit(self.init)()
@@ -99,7 +108,6 @@ class _Run:
       self.checkpoints.wait()
       return self._report(state)
     finally:
-      signal.signal(signal.SIGTERM, before)
       self.progress.close()
       self.checkpoints.close()
 
@@ -107,8 +115,8 @@ class _Run:
     train, done = self.config.train, int(state.step)
     losses: list[jax.Array] = []
     self.progress.begin(done)
-    clock = time.perf_counter()
-    while done < self.steps and not self.best.stopped:
+    start = self._clock()
+    while done < self.steps and not self.best.stopped(train.patience):
       batch = self._next_batch()
       state, loss = self.step_fn(state, batch)
       done += 1
@@ -120,21 +128,25 @@ class _Run:
       if done % train.log_every == 0 or evaluating:
         self._log(state, done, losses)
         losses = []
-      if evaluating or saving or self.terminated:
+      if evaluating or saving or self.termination.requested:
         # Before anything is kept: a checkpoint never holds a value that is not finite.
         self._check_finite(state)
-        self.seconds += time.perf_counter() - clock
+        self.seconds += self._clock() - start
         if evaluating:
           state = self._evaluate(state, done)
         self._save(state, done)
-        clock = time.perf_counter()
-      if self.terminated:
+        start = self._clock()
+      if self.termination.requested:
         self.checkpoints.wait()
         raise Terminated(
           f"stopped by SIGTERM after step {done:,} of {self.steps:,}, which is saved; "
           "the same command goes on from there"
         )
     return state
+
+  def _clock(self) -> float:
+    """Seconds that stand still while a step is compiled."""
+    return time.perf_counter() - self.step_fn.seconds
 
   def _next_batch(self):
     first = "first batch" not in self.phases.seconds
@@ -161,11 +173,15 @@ class _Run:
   def _check_finite(self, state: TrainState) -> None:
     bad = {part: int(step) for part, step in jax.device_get(state.bad_step).items()}
     step = min(bad.values())
-    if step == NEVER:
-      return
-    parts = [part for part, first in bad.items() if first == step]
+    if step != NEVER:
+      raise self._not_finite(step, [part for part, first in bad.items() if first == step])
+    if parts := not_finite(state):
+      raise self._not_finite(int(state.step) - 1, parts)
+
+  def _not_finite(self, step: int, parts: list[str]) -> NonFiniteError:
+    self.checkpoints.wait()
     kept = self.checkpoints.steps
-    raise NonFiniteError(
+    return NonFiniteError(
       f"step {step + 1:,}: not finite: {', '.join(parts)}; the learning rates were "
       f"{self._learning_rate(step):.3g} (dense) and "
       f"{self.config.embedding.learning_rate * float(self.trainer.share(step)):.3g} (tables); "
@@ -178,12 +194,13 @@ class _Run:
     first = next(iter(self._train_metrics(state).values()))
     self.train_loss = first["loss"]
     results = self._results(state, "valid")
-    self.progress.evaluated(done, "valid", results)
+    pace = done * self.config.data.batch_size / max(self.seconds, 1e-9)
+    self.progress.evaluated(done, "valid", results, pace)
     value = next(iter(results.values()))[self.best.metric]
-    self.best.update(done, value, self.config.train.patience)
+    self.best.update(done, value)
     if self.best.step in (done, None):
       self.valid = results
-    if self.best.stopped:
+    if self.best.stopped(self.config.train.patience):
       self.progress.say(
         f"early stop: {self.best.metric} did not improve in {self.best.since} evaluations; "
         f"best {self.best.value:.5f} at step {self.best.step:,}"
@@ -192,7 +209,10 @@ class _Run:
 
   def _results(self, state: TrainState, split: str) -> dict[str, dict[str, Any]]:
     batches = evaluation_batches(self.data, split, batch_size=self.config.data.eval_batch_size)
-    return evaluate(self.predict, state, batches, self.data.features)
+    try:
+      return evaluate(self.predict, state, batches, self.data.features)
+    except PredictionError as error:
+      raise self._not_finite(int(state.step) - 1, [f"{split}: {error}"]) from error
 
   def _save(self, state: TrainState, done: int) -> None:
     notes = {
@@ -238,7 +258,7 @@ class _Run:
       "start_up_seconds": {n: round(s, 3) for n, s in self.phases.seconds.items()},
       "params": parameter_counts(state),
       "gflop_per_example": self._flops(state) / batch / 1e9,
-      "device": jax.devices()[0].device_kind,
+      "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}",
       "seed": self.config.train.seed,
     }
     write_json(self.folder.path / SUMMARY, summary)
@@ -250,7 +270,3 @@ class _Run:
     batches = train_batches(self.data, batch_size=self.config.data.batch_size, seed=0)
     abstract = jax.eval_shape(lambda: (state, next(iter(batches))))
     return matmul_flops(functools.partial(train_step, self.trainer), *abstract)
-
-  def _terminate(self, signum, frame) -> None:
-    del signum, frame
-    self.terminated = True

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 
 class Phases:
@@ -32,32 +35,39 @@ class Progress:
   """The bar goes to a terminal only; lines and TensorBoard always."""
 
   def __init__(self, workdir: pathlib.Path, steps: int, batch_size: int):
-    self._writer = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+    self._folder = workdir / "tensorboard"
     self._steps, self._batch_size = steps, batch_size
+    self._events: EventsWriter | None = None
     self._bar: tqdm.tqdm | None = None
-    self._start = 0.0
 
   def begin(self, step: int) -> None:
-    """Time is counted from here."""
-    self._start, self._first = time.perf_counter(), step
+    """Opens the bar and a new file of events, which hides what a killed run logged after `step`."""
     self._bar = tqdm.tqdm(total=self._steps, initial=step, unit="step", disable=None, leave=False)
+    with self._writing():
+      self._folder.mkdir(exist_ok=True)
+      # A file of this start, even if there are two in a second.
+      self._events = EventsWriter(str(self._folder / "events"), f".{os.getpid()}")
+      session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._events.write_event(event_pb2.Event(step=step + 1, session_log=session))
 
   def log(self, step: int, scalars: dict[str, float]) -> None:
     """Shows training scalars of the last steps."""
-    for name, value in scalars.items():
-      self._writer.add_scalar(f"train/{name}", value, step)
+    self._write(step, {f"train/{name}": value for name, value in scalars.items()})
     self._bar.n = step
     self._bar.set_postfix_str(", ".join(f"{n} {v:.4g}" for n, v in scalars.items()))
 
-  def evaluated(self, step: int, split: str, results: dict[str, dict[str, Any]]) -> None:
+  def evaluated(
+    self, step: int, split: str, results: dict[str, dict[str, Any]], examples_per_second: float
+  ) -> None:
     """Prints one line a task."""
+    left = (self._steps - step) * self._batch_size / examples_per_second
+    pace = f"{examples_per_second:,.0f} examples/s  {left:,.0f} s left"
     for task, metrics in results.items():
-      for name, value in metrics.items():
-        if value is not None:
-          self._writer.add_scalar(f"{split}/{task}/{name}", value, step)
-      shown = {n: metrics.get(n) for n in ("auc", "gauc", "ne", "log_loss", "calibration")}
-      text = "  ".join(f"{n} {v:.5f}" for n, v in shown.items() if v is not None)
-      self.say(f"step {step:>7,}/{self._steps:,}  {split} {task:<10}  {text}{self._left(step)}")
+      known = {n: v for n, v in metrics.items() if v is not None}
+      self._write(step, {f"{split}/{task}/{name}": value for name, value in known.items()})
+      shown = [n for n in ("auc", "gauc", "ne", "log_loss", "calibration") if n in known]
+      text = "  ".join(f"{n} {known[n]:.5f}" for n in shown)
+      self.say(f"step {step:>7,}/{self._steps:,}  {split} {task:<10}  {text}  {pace}")
 
   def say(self, text: str) -> None:
     """A line that does not break the bar."""
@@ -66,11 +76,25 @@ class Progress:
   def close(self) -> None:
     if self._bar is not None:
       self._bar.close()
-    self._writer.close()
+    if self._events is not None:
+      with contextlib.suppress(OSError):  # Every call has flushed, or has said why it could not.
+        self._events.close()
+      self._events = None
 
-  def _left(self, step: int) -> str:
-    if self._bar is None or step <= self._first:
-      return ""
-    rate = (step - self._first) / (time.perf_counter() - self._start)
-    left = (self._steps - step) / rate
-    return f"  {rate * self._batch_size:,.0f} examples/s  {left:,.0f} s left"
+  def _write(self, step: int, scalars: dict[str, float]) -> None:
+    """In this thread: tensorboardX's own thread would die of a full disk and block the training."""
+    with self._writing():
+      for name, value in scalars.items():
+        summary = scalar(name, value)
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+      self._events.flush()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise OSError(
+        f"writing to {self._folder} failed ({error.strerror}); free the disk, then the same "
+        "command goes on from the last checkpoint"
+      ) from error

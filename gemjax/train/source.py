@@ -6,31 +6,41 @@ import pathlib
 
 from gemjax import config as config_lib
 from gemjax.data.preparation import prepare, recognise
-from gemjax.data.prepared import MANIFEST, PreparedData, open_prepared
+from gemjax.data.prepared import MANIFEST, PreparedData, PreparedDataError, open_prepared
 from gemjax.data.simulator import simulate
 from gemjax.train.workdir import DATA
 
 DEMO = "demo"
 
 
-def open_data(config: config_lib.Config, workdir: pathlib.Path) -> PreparedData:
+def open_data(
+  config: config_lib.Config, workdir: pathlib.Path, *, make: bool = True
+) -> PreparedData:
   """The prepared folder `config.data.path`; the simulator's log for "demo"; a raw public set is
   prepared on first use. What is made goes to `workdir`/data and is found there the next time.
 
   Raises:
-    PreparedDataError: the path is neither.
+    PreparedDataError: the path is neither, or `workdir`/data was made from something else, or is
+      not there but should not be made.
   """
-  path = config.data.path
+  path, wanted = config.data.path, {"dataset": DEMO, "examples": config.data.demo_examples}
+  if path != DEMO:
+    if (pathlib.Path(path) / MANIFEST).exists() or not (dataset := recognise(path)):
+      return open_prepared(path)  # Says what is wrong with what is neither.
+    wanted = {"dataset": dataset}
   made = workdir / DATA
-  if path != DEMO and (pathlib.Path(path) / MANIFEST).exists():
-    return open_prepared(path)
   if (made / MANIFEST).exists():
-    return open_prepared(made)
+    data = open_prepared(made)
+    found = {key: data.origin.get(key) for key in wanted}
+    if found != wanted:
+      raise PreparedDataError(
+        f"{made} holds {found}, but config.data asks for {wanted}; name another --workdir"
+      )
+    return data
+  if not make:
+    raise PreparedDataError(f"{made} is missing; name a prepared folder by --data")
   if path == DEMO:
     print(f"simulating {config.data.demo_examples:,} ad impressions", flush=True)
     return simulate(made, examples=config.data.demo_examples)
-  dataset = recognise(path)
-  if dataset is None:
-    return open_prepared(path)  # Says what is wrong with it.
   print(f"preparing {dataset} from {path}", flush=True)
   return prepare(dataset, path, made)

@@ -98,6 +98,20 @@ def parameter_counts(state: TrainState) -> dict[str, int]:
   }
 
 
+def not_finite(state: TrainState) -> list[str]:
+  """Paths of the arrays that hold a value that is not finite."""
+  tree = {n: getattr(state, n) for n in ("params", "opt_state", "stacks")}
+  finite = jax.device_get(_finite(tree))
+  return [
+    jax.tree_util.keystr(p) for p, ok in jax.tree_util.tree_leaves_with_path(finite) if not ok
+  ]
+
+
+@jax.jit
+def _finite(tree):
+  return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+
+
 def _ranker(config, features: FeatureSet, layout: TableLayout, seed: int) -> Ranker:
   wide = [p.units for p in (*layout.sparse, *layout.sequence) if not p.small]
   return Ranker(

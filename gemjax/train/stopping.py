@@ -17,15 +17,17 @@ class BestSoFar:
   step: int | None = None
   value: float | None = None
   since: int = 0  # Evaluations without improvement.
-  stopped: bool = False
 
-  def update(self, step: int, value: float | None, patience: int) -> None:
+  def update(self, step: int, value: float | None) -> None:
     """An undefined value (one class only) never improves."""
     if value is not None and self._improves(value):
       self.step, self.value, self.since = step, value, 0
     else:
       self.since += 1
-    self.stopped = 0 < patience <= self.since
+
+  def stopped(self, patience: int) -> bool:
+    """Whether `patience` evaluations, if that is not 0, brought nothing better."""
+    return 0 < patience <= self.since
 
   def _improves(self, value: float) -> bool:
     if not math.isfinite(value):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 METRICS = ("auc", "gauc", "log_loss", "ne", "calibration")
+SPLITS = ("valid", "test")
 
 
 def split_summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -24,10 +25,15 @@ def render(summary: dict[str, Any]) -> str:
     f"{summary['gflop_per_example']:.4f} GFLOP an example; seed {summary['seed']}",
     "start-up: " + ", ".join(f"{n} {s:.1f} s" for n, s in summary["start_up_seconds"].items()),
     "",
-    f"{'':<20}" + "".join(f"{m:>12}" for m in METRICS),
+    *table({split: summary[split].get("tasks", {"": summary[split]}) for split in SPLITS}),
   ]
-  for split in ("valid", "test"):
-    tasks = summary[split].get("tasks", {"": summary[split]})
+  return "\n".join(lines)
+
+
+def table(splits: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+  """Lines of split -> task -> metrics."""
+  lines = [f"{'':<20}" + "".join(f"{m:>12}" for m in METRICS)]
+  for split, tasks in splits.items():
     for task, metrics in tasks.items():
       lines.append(
         f"{split + ' ' + task:<20}" + "".join(f"{_number(metrics[m]):>12}" for m in METRICS)
@@ -37,7 +43,7 @@ def render(summary: dict[str, Any]) -> str:
         lines.append(
           f"{'':<20}Bayes-optimal NE {bayes:.5f}: {closed:.1%} of the gap from the base rate closed"
         )
-  return "\n".join(lines)
+  return lines
 
 
 def _number(value: float | None) -> str:

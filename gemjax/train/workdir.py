@@ -44,25 +44,32 @@ class Workdir:
   def __exit__(self, kind, value, trace) -> None:
     self._lock.close()
 
-  def claim(self, config: config_lib.Config, features: FeatureSet) -> None:
-    """Records config and features at the first start; at every later one, they must agree.
+  def claim(self, config: config_lib.Config, features: FeatureSet, *, begun: bool) -> None:
+    """Records config and features; once training has `begun`, they must agree with the record.
 
     Raises:
       WorkdirError: the field that differs, with both values.
     """
-    file = self.path / RUN
-    if file.exists():
+    if begun:
       before = read_run(self.path)
       found = config_lib.difference(before["config"], config.to_json())
       if found:
         raise WorkdirError(f"{self.path} holds a run in which {found}; name another --workdir")
-      found = FeatureSet.from_json(before["features"]).difference(features)
-      if found:
-        raise WorkdirError(
-          f"{self.path} holds a run on other data ('here' is the run, 'the other' the data): "
-          f"{found}; name another --workdir"
-        )
-    write_json(file, {"config": config.to_json(), "features": features.to_json()})
+      check_features(self.path, before["features"], features)
+    write_json(self.path / RUN, {"config": config.to_json(), "features": features.to_json()})
+
+
+def check_features(path: pathlib.Path, tree: dict[str, Any], features: FeatureSet) -> None:
+  """Raises WorkdirError unless `tree`, the features of the run at `path`, are those of the data."""
+  try:
+    found = FeatureSet.from_json(tree).difference(features)
+  except ValueError as error:
+    raise WorkdirError(f"{path / RUN} is corrupt ({error}); name another --workdir") from error
+  if found:
+    raise WorkdirError(
+      f"{path} holds a run on other data ('here' is the run, 'the other' the data): {found}; "
+      "name the data of the run, or another --workdir"
+    )
 
 
 def read_run(path: pathlib.Path) -> dict[str, Any]:
@@ -73,14 +80,18 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
   try:
     tree = json.loads(file.read_text())
     return {"config": tree["config"], "features": tree["features"]}
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise WorkdirError(
       f"{file} is truncated or corrupt ({error}); name another --workdir"
     ) from error
 
 
 def write_json(file: pathlib.Path, tree: Any) -> None:
-  """Whole or not at all."""
+  """Whole or not at all; raises OSError that names the file."""
   partial = file.with_name(file.name + ".partial")
-  partial.write_text(json.dumps(tree, indent=1) + "\n")
-  partial.rename(file)
+  try:
+    partial.write_text(json.dumps(tree, indent=1) + "\n")
+    partial.replace(file)
+  except OSError as error:
+    partial.unlink(missing_ok=True)
+    raise OSError(f"writing {file} failed ({error.strerror}); free the disk or the name") from error

@@ -1,0 +1,30 @@
+"""SIGTERM: a request to stop, obeyed at once or when the step at hand is saved."""
+
+from __future__ import annotations
+
+import signal
+
+
+class Terminated(Exception):
+  """SIGTERM came, and nothing is half done."""
+
+
+class Termination:
+  """While open, SIGTERM raises Terminated, or once `deferred` only sets `requested`."""
+
+  def __init__(self):
+    self.deferred = False
+    self.requested = False
+
+  def __enter__(self) -> Termination:
+    self._before = signal.signal(signal.SIGTERM, self._request)
+    return self
+
+  def __exit__(self, kind, value, trace) -> None:
+    signal.signal(signal.SIGTERM, self._before)
+
+  def _request(self, signum, frame) -> None:
+    del signum, frame
+    self.requested = True
+    if not self.deferred:
+      raise Terminated("stopped by SIGTERM before the first step; the same command begins anew")
