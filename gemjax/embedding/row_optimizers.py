@@ -17,10 +17,16 @@ Slots = dict[str, jax.Array]  # One array a slot, first axis R (stored) or M (ga
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowOptimizer:
-  """`init(rows, width) -> slots`; `step(grad_MW, slots, lr, t) -> (delta_MW, slots)`, t from 1."""
+  """Three pure functions.
+
+  init(rows, width) -> slots
+  step(grad_MW, slots, lr) -> (delta_MW, slots)
+  scale(slots) -> what a gradient is multiplied with before lr, broadcastable to (M, W)
+  """
 
   init: Callable[[int, int], Slots]
-  step: Callable[[jax.Array, Slots, jax.Array, jax.Array], tuple[jax.Array, Slots]]
+  step: Callable[[jax.Array, Slots, jax.Array], tuple[jax.Array, Slots]]
+  scale: Callable[[Slots], jax.Array]
 
 
 def rowwise_adagrad(eps: float = 1e-8) -> RowOptimizer:
@@ -29,27 +35,30 @@ def rowwise_adagrad(eps: float = 1e-8) -> RowOptimizer:
   Source: FBGEMM's EXACT_ROWWISE_ADAGRAD; the optimiser of the Wukong paper (section 4).
   """
 
-  def step(grad_MW, slots, lr, t):
+  def step(grad_MW, slots, lr):
     v_M = slots["v"] + jnp.mean(jnp.square(grad_MW), axis=1)
     return lr * grad_MW / (jnp.sqrt(v_M)[:, None] + eps), {"v": v_M}
 
-  return RowOptimizer(lambda rows, width: {"v": jnp.zeros((rows,))}, step)
+  scale = lambda slots: 1 / (jnp.sqrt(slots["v"])[:, None] + eps)
+  return RowOptimizer(lambda rows, width: {"v": jnp.zeros((rows,))}, step, scale)
 
 
 def adagrad(eps: float = 1e-8) -> RowOptimizer:
   """AdaGrad (Duchi et al. 2011): v += g^2; delta = lr g / (sqrt(v) + eps), one v a weight."""
 
-  def step(grad_MW, slots, lr, t):
+  def step(grad_MW, slots, lr):
     v_MW = slots["v"] + jnp.square(grad_MW)
     return lr * grad_MW / (jnp.sqrt(v_MW) + eps), {"v": v_MW}
 
-  return RowOptimizer(lambda rows, width: {"v": jnp.zeros((rows, width))}, step)
+  scale = lambda slots: 1 / (jnp.sqrt(slots["v"]) + eps)
+  return RowOptimizer(lambda rows, width: {"v": jnp.zeros((rows, width))}, step, scale)
 
 
 def sgd(eps: float = 0.0) -> RowOptimizer:
   """delta = lr g; `eps` is unused."""
   del eps
-  return RowOptimizer(lambda rows, width: {}, lambda grad_MW, slots, lr, t: (lr * grad_MW, {}))
+  step = lambda grad_MW, slots, lr: (lr * grad_MW, {})
+  return RowOptimizer(lambda rows, width: {}, step, lambda slots: jnp.ones(()))
 
 
 def lazy_adam(eps: float = 1e-8, b1: float = 0.9, b2: float = 0.999) -> RowOptimizer:
@@ -66,17 +75,24 @@ def lazy_adam(eps: float = 1e-8, b1: float = 0.9, b2: float = 0.999) -> RowOptim
     moments = {name: jnp.zeros((rows, width)) for name in ("m", "v")}
     return moments | {"n": jnp.zeros((rows,))}
 
-  def step(grad_MW, slots, lr, t):
-    n_M = slots["n"] + 1
-    m_MW = b1 * slots["m"] + (1 - b1) * grad_MW
-    v_MW = b2 * slots["v"] + (1 - b2) * jnp.square(grad_MW)
-    # 1 - b^n by expm1: in float32 1 - 0.999^1 would keep only four digits.
-    m_scale = -jnp.expm1(n_M * jnp.log(b1))[:, None]
-    v_scale = -jnp.expm1(n_M * jnp.log(b2))[:, None]
-    delta_MW = lr * (m_MW / m_scale) / (jnp.sqrt(v_MW / v_scale) + eps)
-    return delta_MW, {"m": m_MW, "v": v_MW, "n": n_M}
+  def step(grad_MW, slots, lr):
+    new = {
+      "m": b1 * slots["m"] + (1 - b1) * grad_MW,
+      "v": b2 * slots["v"] + (1 - b2) * jnp.square(grad_MW),
+      "n": slots["n"] + 1,
+    }
+    return lr * (new["m"] / unbiased(b1, new["n"])) * scale(new), new
 
-  return RowOptimizer(init, step)
+  def scale(slots):
+    # A row that was never looked up has n = 0 and v = 0: as if n were 1.
+    n_M = jnp.maximum(slots["n"], 1)
+    return 1 / (jnp.sqrt(slots["v"] / unbiased(b2, n_M)) + eps)
+
+  def unbiased(b, n_M):
+    # 1 - b^n by expm1: in float32 1 - 0.999^1 would keep only four digits.
+    return -jnp.expm1(n_M * jnp.log(b))[:, None]
+
+  return RowOptimizer(init, step, scale)
 
 
 ROW_OPTIMIZERS = {

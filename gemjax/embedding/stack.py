@@ -20,17 +20,21 @@ from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS, RowOptimizer, Slots
 class Stack(NamedTuple):
   """The state of one stack.
 
-  Decay that is decoupled from the gradient shrinks every row at every step,
-  w <- (1 - lr_t decay) w, but is written only when a row is looked up: with
-  C_t = sum_{s <= t} log(1 - lr_s decay), a row last written at step s stands for
-  w exp(C_t - C_s). `marks_R` keeps C_s; C_t is `log_decay` (value and rounding error of its sum).
-  Both are None where there is no decay.
+  Decay shrinks every row at every step but is written only when a row is looked up: a row last
+  written when the clock stood at C_s stands for w exp(-rate (C_t - C_s)). `marks_R` keeps C_s;
+  `clock` is C_t (its value, and the rounding error of its sum). Both are None without decay.
+
+  decoupled  C_t = sum -log(1 - lr_s decay), rate 1: w <- (1 - lr decay) w at every step
+  l2         C_t = sum lr_s, rate = l2 * scale of the row's optimiser (1 / (sqrt(v) + eps)):
+             w <- w exp(-lr l2 scale), what the gradient of l2 |w|^2 / 2 does where it is
+             preconditioned like the data's but not fed into v. Rare rows, whose v is small, shrink
+             most; a row that was never looked up is zero.
   """
 
   rows_RW: jax.Array
   slots: Slots
   marks_R: jax.Array | None
-  log_decay: jax.Array | None  # (2,) float32
+  clock: jax.Array | None  # (2,) float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +43,7 @@ class StackRule:
 
   optimizer: RowOptimizer
   decay: float = 0.0
+  l2: float = 0.0
   init_scale: float = 0.01
   dtype: str = "float32"
 
@@ -48,6 +53,7 @@ class StackRule:
     return cls(
       optimizer=ROW_OPTIMIZERS[config.optimizer](config.eps),
       decay=config.weight_decay,
+      l2=config.l2,
       init_scale=config.init_scale,
       dtype=config.dtype,
     )
@@ -58,17 +64,19 @@ class StackRule:
     return Stack(
       rows_RW=rows_RW.astype(self.dtype),
       slots=self.optimizer.init(rows, width),
-      marks_R=jnp.zeros((rows,)) if self.decay else None,
-      log_decay=jnp.zeros((2,)) if self.decay else None,
+      marks_R=jnp.zeros((rows,)) if self.shrinks else None,
+      clock=jnp.zeros((2,)) if self.shrinks else None,
     )
 
   def lookup(self, stack: Stack, ids_M: jax.Array) -> jax.Array:
     """(M, W) float32: the rows as a dense optimiser would have them now; zeros for id R."""
     read = lambda array: array.at[ids_M].get(mode="fill", fill_value=0)
     rows_MW = read(stack.rows_RW).astype(jnp.float32)
-    if self.decay:
-      rows_MW *= jnp.exp(stack.log_decay[0] - read(stack.marks_R))[:, None]
-    return rows_MW
+    if not self.shrinks:
+      return rows_MW
+    # Slots are read only where the rate depends on them.
+    slots = jax.tree.map(read, stack.slots) if self.l2 else {}
+    return rows_MW * self._shrunk(slots, stack.clock[0] - read(stack.marks_R))
 
   def update(
     self,
@@ -76,20 +84,18 @@ class StackRule:
     ids_M: jax.Array,
     grad_MW: jax.Array,
     learning_rate: jax.Array,
-    step: jax.Array,
     key: jax.Array | None = None,
   ) -> Stack:
     """One optimiser step on the rows of `ids_M`: duplicates are summed first, other rows keep
     their bits.
 
-    w <- (1 - lr decay) w - delta(g), with the decay of the steps a row missed applied before.
+    w <- shrunk(w) - delta(g), the shrinking of the steps that the row missed included.
 
     Args:
       stack: Its buffers are overwritten where the caller donates them.
       ids_M: int32 rows, R for padding.
       grad_MW: Gradient with respect to each looked-up row.
       learning_rate: Scalar of this step.
-      step: This step's number, from 1.
       key: Randomness of the rounding; needed for bfloat16 rows alone.
     """
     unique_M, sum_MW = sum_duplicates(ids_M, grad_MW, len(stack.rows_RW))
@@ -102,21 +108,31 @@ class StackRule:
       new.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
     )
     rows_MW = rows_MW.astype(jnp.float32)
-    delta_MW, new_slots = self.optimizer.step(sum_MW, slots, learning_rate, step)
-    log_decay, new_marks_M = stack.log_decay, None
-    if self.decay:
-      log_decay = _add(log_decay, jnp.log1p(-learning_rate * self.decay))
-      rows_MW *= jnp.exp(log_decay[0] - marks_M)[:, None]
-      # This is C_t, which only falls, for every row with a finite gradient. Written so that marks
+    delta_MW, new_slots = self.optimizer.step(sum_MW, slots, learning_rate)
+    clock, new_marks_M = stack.clock, None
+    if self.shrinks:
+      tick = learning_rate if self.l2 else -jnp.log1p(-learning_rate * self.decay)
+      clock = _add(clock, tick)
+      rows_MW *= self._shrunk(slots, clock[0] - marks_M)
+      # This is C_t, which only grows, for every row with a finite gradient. Written so that marks
       # are seen to be read, by the forward pass behind the gradient and above, before they are
       # written: without an order XLA copies all R of them to keep the old values.
-      fallen_M = jnp.minimum(log_decay[0], marks_M)
-      new_marks_M = jnp.where(jnp.isfinite(sum_MW[:, 0]), fallen_M, marks_M)
+      grown_M = jnp.maximum(clock[0], marks_M)
+      new_marks_M = jnp.where(jnp.isfinite(sum_MW[:, 0]), grown_M, marks_M)
     new_MW = rows_MW - delta_MW
     if stack.rows_RW.dtype == jnp.bfloat16:
       new_MW = round_stochastically(new_MW, key)
     rows_RW, slots, marks_R = jax.tree.map(scatter, arrays, (new_MW, new_slots, new_marks_M))
-    return Stack(rows_RW, slots, marks_R, log_decay)
+    return Stack(rows_RW, slots, marks_R, clock)
+
+  @property
+  def shrinks(self) -> bool:
+    return bool(self.decay or self.l2)
+
+  def _shrunk(self, slots: Slots, missed_M: jax.Array) -> jax.Array:
+    """The factor that `missed_M` ticks of the clock make of a row."""
+    rate = self.l2 * self.optimizer.scale(slots) if self.l2 else 1.0
+    return jnp.exp(-rate * missed_M[:, None])
 
 
 def sum_duplicates(
@@ -155,7 +171,7 @@ def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _add(sum_2: jax.Array, term: jax.Array) -> jax.Array:
-  """Compensated sum (Kahan): C grows to -100 by steps of 1e-4 that float32 alone would round."""
+  """Compensated sum (Kahan): a clock grows to 100 by ticks of 1e-4 that float32 would round."""
   value, error = sum_2
   corrected = term - error
   total = value + corrected

@@ -37,9 +37,7 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Train
   updates, opt_state = trainer.optimizer.update(dense_grad, state.opt_state, state.params)
   learning_rate = config.embedding.learning_rate * trainer.share(state.step)
   stacks = {
-    w: trainer.rule.update(
-      s, ids[w], rows_grad[w], learning_rate, state.step + 1, jax.random.fold_in(key, w)
-    )
+    w: trainer.rule.update(s, ids[w], rows_grad[w], learning_rate, jax.random.fold_in(key, w))
     for w, s in state.stacks.items()
   }
   finite = {"loss": loss}
