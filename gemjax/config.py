@@ -43,9 +43,9 @@ class Embedding:
   optimizer: str = "rowwise_adagrad"  # rowwise_adagrad | adagrad | sgd | lazy_adam
   learning_rate: float = 0.05
   eps: float = 1e-8
-  weight_decay: float = (
-    0.0  # Decoupled: w <- (1 - lr * weight_decay) w at every step, looked up or not.
-  )
+  # Both shrink every row at every step, looked up or not; at most one is positive.
+  weight_decay: float = 0.0  # Decoupled: w <- (1 - lr * weight_decay) w.
+  l2: float = 0.0  # Of l2 |w|^2 / 2, preconditioned: w <- w exp(-lr * l2 / (sqrt(v) + eps)).
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -180,9 +180,11 @@ class Config:
       "embedding.units", emb.units, "a positive whole number for every feature",
     )  # fmt: skip
     _widths(emb.dense_mlp, "embedding.dense_mlp")
-    for name in ("init_scale", "learning_rate", "eps", "weight_decay"):
+    for name in ("init_scale", "learning_rate", "eps", "weight_decay", "l2"):
       value = getattr(emb, name)
       _need(_real(value), f"embedding.{name}", value, "a finite number of at least 0")
+    both = emb.weight_decay and emb.l2
+    _need(not both, "embedding.l2", emb.l2, "0 where embedding.weight_decay is positive")
     decay = emb.learning_rate * emb.weight_decay
     _need(
       decay < 1, "embedding.weight_decay", emb.weight_decay, "below 1 / embedding.learning_rate"
