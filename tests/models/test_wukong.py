@@ -72,9 +72,7 @@ def oracle(x_BND, params, config):
 @pytest.mark.parametrize("fm", ["basic", "optimised", "attentive"])
 @pytest.mark.parametrize(("layers", "units"), [(1, 6), (3, 6), (3, 5), (4, 5)])
 def test_logits_equal_the_equations(fm, layers, units):
-  config = WukongConfig(
-    layers=layers, fmb_units=2, lcb_units=3, rank=3, fm=fm, mlp=(7,), head=(6,)
-  )
+  config = WukongConfig(layers=layers, fmb_units=2, lcb_units=3, rank=3, fm=fm, mlp=(7,), head=(6,))
   graph, params = build(config, units)
   x = x_of(units)
   got = nnx.merge(graph, params)(jnp.asarray(x))

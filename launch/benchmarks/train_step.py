@@ -1,0 +1,206 @@
+"""The training step on this machine's cores: against table size, plain PyTorch, and FBGEMM.
+
+Peers take turns with gemjax within one run, in one process, so that both have the same cores and
+the same allocator; figures are medians.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmarks import fbgemm_table as fbgemm
+from benchmarks import pytorch_wukong as peer
+from tqdm import tqdm
+
+from gemjax.config import Config, Embedding, Optimizer, Wukong
+from gemjax.embedding import StackRule
+from gemjax.embedding.row_optimizers import rowwise_adagrad
+from gemjax.features import Batch, FeatureSet, Sparse
+from gemjax.train.state import TrainState, init_state, make_trainer
+from gemjax.train.step import train_step
+
+REPEATS, LOSSES = 9, 20
+
+
+def run() -> dict[str, float]:
+  """Every figure of the suite; the ratios are above 1 where gemjax is faster."""
+  return table_size() | against_pytorch() | against_fbgemm()
+
+
+def table_size() -> dict[str, float]:
+  """Seconds of a step on the very same batch with 10^4, 10^6 and 10^7 table rows."""
+  sizes = {"1e4": 10_000, "1e6": 1_000_000, "1e7": 10_000_000}
+  batch = _batch(np.random.default_rng(0), rows=min(sizes.values()))
+  steps, temporaries = {}, {}
+  for name, rows in sizes.items():
+    steps[name], temporaries[name] = _stepper(rows, batch)
+  seconds = _take_turns(steps, "table size")
+  figures = {f"step_seconds_{name}_rows": s for name, s in seconds.items()}
+  figures |= {f"temporary_bytes_{name}_rows": float(b) for name, b in temporaries.items()}
+  return figures | {"step_time_1e7_over_1e4_rows": seconds["1e7"] / seconds["1e4"]}
+
+
+def against_pytorch() -> dict[str, float]:
+  """Examples/s of the same Wukong, and how far the first losses are apart from equal weights."""
+  trainer, state, step = _wukong(peer.ROWS)
+  torch_model = peer.TorchWukong(rows=_per_field(peer.ROWS) * peer.FIELDS)
+  torch_model.load_weights(torch_weights(state))
+  torch_trainer = peer.TorchTrainer(torch_model)
+  del trainer
+  rng = np.random.default_rng(0)
+  offsets_S = _per_field(peer.ROWS) * np.arange(peer.FIELDS)
+  # Labels that can be learnt: every row has a true effect.
+  effect_R = 0.5 * rng.standard_normal(_per_field(peer.ROWS) * peer.FIELDS)
+  apart, seconds = [], {"gemjax": [], "pytorch": []}
+  for _ in tqdm(range(LOSSES), desc="gemjax and PyTorch"):
+    batch = _batch(rng, peer.ROWS)
+    ids_BS = batch.ids_BS + offsets_S
+    chance_B = 1 / (1 + np.exp(1 - effect_R[ids_BS].sum(1)))
+    label_B = (rng.random(peer.BATCH) < chance_B).astype(np.float32)
+    batch = batch._replace(label_BT=label_B[:, None])
+    start = time.perf_counter()
+    state, loss = step(state, batch)
+    loss = float(loss)
+    middle = time.perf_counter()
+    torch_loss = torch_trainer.step(ids_BS.astype(np.int64), label_B)
+    seconds["gemjax"].append(middle - start)
+    seconds["pytorch"].append(time.perf_counter() - middle)
+    apart.append(abs(loss - torch_loss) / torch_loss)
+  rates = {name: peer.BATCH / statistics.median(s[2:]) for name, s in seconds.items()}
+  return {
+    "gemjax_examples_per_second": rates["gemjax"],
+    "pytorch_examples_per_second": rates["pytorch"],
+    "examples_per_second_over_pytorch": rates["gemjax"] / rates["pytorch"],
+    "first_losses_apart": max(apart),
+  }
+
+
+def against_fbgemm() -> dict[str, float]:
+  """Lookup and row-wise AdaGrad of 160 thousand rows, and how far the weights end apart."""
+  figures = {}
+  for kind in ("uniform", "zipf"):
+    rng = np.random.default_rng(0)
+    weights_RD = rng.standard_normal((fbgemm.ROWS, fbgemm.DIM), np.float32)
+    grad_MD = rng.standard_normal((fbgemm.LOOKUPS, fbgemm.DIM), np.float32)
+    ids_M = fbgemm.draw_ids(rng, kind)
+    table = fbgemm.FbgemmTable(weights_RD)
+    rule = StackRule(optimizer=rowwise_adagrad(fbgemm.EPS))
+    stack = rule.init(jax.random.key(0), fbgemm.ROWS, fbgemm.DIM)
+    stack = stack._replace(rows_RW=jnp.array(weights_RD))
+    ids, grad = jnp.asarray(ids_M, jnp.int32), jnp.asarray(grad_MD)
+    lookup, update = jax.jit(rule.lookup), jax.jit(rule.update, donate_argnums=0)
+    seconds = {"gemjax": [], "fbgemm": []}
+    for _ in tqdm(range(REPEATS + 2), desc=f"gemjax and FBGEMM, {kind}"):
+      start = time.perf_counter()
+      jax.block_until_ready(lookup(stack, ids))
+      stack = jax.block_until_ready(update(stack, ids, grad, jnp.float32(fbgemm.RATE)))
+      seconds["gemjax"].append(time.perf_counter() - start)
+      seconds["fbgemm"].append(sum(table.step(ids_M, grad_MD)))
+    ours, theirs = (statistics.median(s[2:]) for s in seconds.values())
+    figures |= {
+      f"gemjax_{kind}_ms": 1e3 * ours,
+      f"fbgemm_{kind}_ms": 1e3 * theirs,
+      f"weights_apart_{kind}": float(np.abs(np.asarray(stack.rows_RW) - table.weights()).max()),
+      f"sparse_speed_over_fbgemm_{kind}": theirs / ours,
+    }
+  ratios = [figures[f"sparse_speed_over_fbgemm_{k}"] for k in ("uniform", "zipf")]
+  return figures | {"sparse_speed_over_fbgemm": min(ratios)}
+
+
+def torch_weights(state: TrainState) -> dict[str, np.ndarray]:
+  """The weights of the benchmark's Wukong under the names of the peer's `state_dict`."""
+  model = jax.tree.map(np.asarray, state.params["model"])
+  out = {"table.weight": np.asarray(state.stacks[peer.DIM].rows_RW)}
+
+  def put_mlp(name, tree):
+    for i, layer in tree["layers"].items():
+      out[f"{name}.{2 * i}.weight"] = layer["kernel"].T  # A ReLU sits between two layers.
+      out[f"{name}.{2 * i}.bias"] = layer["bias"]
+
+  layers = [model["first"]]
+  for i in range(peer.LAYERS - 1):
+    layers.append(jax.tree.map(lambda w, i=i: w[i], model["layers"]))
+  for i, layer in enumerate(layers):
+    name = f"layers.{i}"
+    out[f"{name}.y_KN"] = layer["fm"]["y_NK"].T
+    out[f"{name}.compress_LN"] = layer["compress"]["kernel_NL"].T
+    if layer.get("residual"):
+      out[f"{name}.residual_ON"] = layer["residual"]["kernel_NL"].T
+    for norm in ("fm_norm", "norm"):
+      out[f"{name}.{norm}.weight"] = layer[norm]["scale"]
+      out[f"{name}.{norm}.bias"] = layer[norm]["bias"]
+    put_mlp(f"{name}.mlp", layer["mlp"])
+  put_mlp("head", model["heads"]["heads"][0])
+  return out
+
+
+def _per_field(rows: int) -> int:
+  return rows // peer.FIELDS
+
+
+def _wukong(rows: int):
+  """Trainer, fresh state and jitted step of the peer's model, optimisers and warm-up."""
+  features = FeatureSet(
+    sparse=tuple(
+      Sparse(name=f"c{i}", table=f"c{i}", size=_per_field(rows)) for i in range(peer.FIELDS)
+    )
+  )
+  config = Config(
+    name="benchmark",
+    embedding=Embedding(dim=peer.DIM, learning_rate=peer.TABLE_RATE, eps=peer.EPS),
+    model=Wukong(
+      layers=peer.LAYERS,
+      fmb_units=peer.FMB_UNITS,
+      lcb_units=peer.LCB_UNITS,
+      rank=peer.RANK,
+      mlp=peer.MLP,
+      head=peer.HEAD,
+    ),
+    optimizer=Optimizer(learning_rate=peer.DENSE_RATE, warmup=0.1),
+  )
+  trainer = make_trainer(config, features, steps=10 * peer.WARMUP)
+  state = jax.jit(functools.partial(init_state, trainer, 0))()
+  return trainer, state, jax.jit(functools.partial(train_step, trainer), donate_argnums=0)
+
+
+def _batch(rng: np.random.Generator, rows: int) -> Batch:
+  size = peer.BATCH
+  return Batch(
+    dense_BF=np.zeros((size, 0), np.float32),
+    ids_BS=rng.integers(0, _per_field(rows), (size, peer.FIELDS)).astype(np.int32),
+    label_BT=(rng.random((size, 1)) < 0.3).astype(np.float32),
+    weight_B=np.ones(size, np.float32),
+    group_B=np.full(size, -1, np.int32),
+    oracle_BT=np.zeros((size, 0), np.float32),
+    sequences={},
+  )
+
+
+def _stepper(rows: int, batch: Batch) -> tuple[Callable[[], None], int]:
+  """A function that takes a step and waits for it, and the bytes of its temporaries."""
+  _, state, step = _wukong(rows)
+  compiled = step.lower(state, batch).compile()
+
+  def take():
+    nonlocal state
+    state, loss = compiled(state, batch)
+    jax.block_until_ready((state, loss))
+
+  return take, compiled.memory_analysis().temp_size_in_bytes
+
+
+def _take_turns(work: dict[str, Callable[[], None]], name: str) -> dict[str, float]:
+  """Median seconds of each, one after the other, REPEATS times after one warm-up."""
+  seconds = {n: [] for n in work}
+  for _ in tqdm(range(REPEATS + 1), desc=name):
+    for n, take in work.items():
+      start = time.perf_counter()
+      take()
+      seconds[n].append(time.perf_counter() - start)
+  return {n: statistics.median(s[1:]) for n, s in seconds.items()}

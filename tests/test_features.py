@@ -1,0 +1,67 @@
+"""Feature sets: what is refused, what counts as a difference, and the round trip to JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from gemjax.features import Dense, FeatureSet, Sequence, Sparse, event_capacity
+
+FEATURES = FeatureSet(
+  dense=(Dense(name="price", mean=1.5),),
+  sparse=(Sparse(name="user", size=9, table="user"), Sparse(name="item", size=7, table="item")),
+  sequence=(Sequence(name="history", size=7, table="item", max_length=3),),
+  tasks=("click", "buy"),
+)
+
+
+def test_json_keeps_everything():
+  again = FeatureSet.from_json(json.loads(json.dumps(FEATURES.to_json())))
+  assert again == FEATURES and again.fingerprint == FEATURES.fingerprint
+  assert FEATURES.difference(again) is None
+  assert FEATURES.tables == {"user": 9, "item": 7}
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"dense": ()}, "dense feature 'price' is not in the other"),
+    ({"dense": (Dense(name="price"),)}, "dense feature 'price' has mean 1.5 here and 0.0"),
+    ({"sparse": FEATURES.sparse[::-1]}, "sparse features come in another order"),
+    ({"tasks": ("click",)}, "tasks"),
+    ({"vocabularies": "abc"}, "vocabularies"),
+    ({"grouped": True}, "grouped"),
+  ],
+)
+def test_a_difference_names_the_field(change, words):
+  other = dataclasses.replace(FEATURES, **change)
+  assert words in FEATURES.difference(other)
+  assert other.difference(FEATURES) is not None
+  assert other.fingerprint != FEATURES.fingerprint
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"tasks": ("click", "user")}, r"\['user'\] appear more than once"),
+    ({"tasks": ()}, "at least one task"),
+    ({"sparse": (Sparse(name="x", size=1, table="x"),)}, "at least 2 rows, got 1"),
+    ({"sparse": (Sparse(name="x", size=8, table="item"),)}, "size is 8 for one and 7"),
+  ],
+)
+def test_impossible_sets_are_refused(change, words):
+  with pytest.raises(ValueError, match=words):
+    dataclasses.replace(FEATURES, **change)
+
+
+def test_json_that_is_no_feature_set_is_named():
+  tree = FEATURES.to_json()
+  del tree["sparse"]
+  with pytest.raises(ValueError, match="not a feature set: 'sparse'"):
+    FeatureSet.from_json(tree)
+
+
+def test_capacities_are_few_and_never_too_small():
+  capacities = [event_capacity(n) for n in range(5000)]
+  assert all(n <= c <= max(64, 1.5 * n) for n, c in enumerate(capacities))
+  assert len(set(capacities)) == 14  # 64, 96, 128, ..., 6144
