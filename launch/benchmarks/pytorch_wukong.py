@@ -9,6 +9,7 @@ Letters: B examples, S fields, N units, D width of a unit, K rank, R rows, M loo
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import statistics
 import time
 
@@ -152,3 +153,36 @@ class TorchTrainer:
     self.dense.zero_grad()
     self.table.step(TABLE_RATE * share)
     return loss.item()
+
+
+class PlainTrainer:
+  """A `TorchTrainer` in a process of its own that nothing was tuned in, as PyTorch's users run it.
+
+  `set_up_process` changes the allocator of this whole process, PyTorch's included.
+  """
+
+  def __init__(self, weights: dict[str, np.ndarray], rows: int):
+    context = multiprocessing.get_context("spawn")
+    self._pipe, other = context.Pipe()
+    self._process = context.Process(target=_serve, args=(other, rows), daemon=True)
+    self._process.start()
+    self._pipe.send(weights)
+
+  def step(self, ids_BS: np.ndarray, label_B: np.ndarray) -> tuple[float, float]:
+    """Loss before the update, and the seconds that the step took in there."""
+    self._pipe.send((ids_BS, label_B))
+    return self._pipe.recv()
+
+  def close(self) -> None:
+    self._pipe.send(None)
+    self._process.join()
+
+
+def _serve(pipe, rows: int) -> None:
+  model = TorchWukong(rows=rows)
+  model.load_weights(pipe.recv())
+  trainer = TorchTrainer(model)
+  while (batch := pipe.recv()) is not None:
+    start = time.perf_counter()
+    loss = trainer.step(*batch)
+    pipe.send((loss, time.perf_counter() - start))
