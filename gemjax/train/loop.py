@@ -221,6 +221,9 @@ class _Run:
       "valid": self.valid,
       "train_loss": self.train_loss,
       "seconds": self.seconds,
+      # A checkpoint tells on its own what it was trained with.
+      "config": self.config.to_json(),
+      "features": self.data.features.to_json(),
     }
     self.checkpoints.save(done, state, notes, best=self.best.step)
 

@@ -42,7 +42,15 @@ class Progress:
 
   def begin(self, step: int) -> None:
     """Opens the bar and a new file of events, which hides what a killed run logged after `step`."""
-    self._bar = tqdm.tqdm(total=self._steps, initial=step, unit="step", disable=None, leave=False)
+    # Counted in examples, so that the bar's own rate and time left are what people compare.
+    self._bar = tqdm.tqdm(
+      total=self._steps * self._batch_size,
+      initial=step * self._batch_size,
+      unit="examples",
+      unit_scale=True,
+      disable=None,
+      leave=False,
+    )
     with self._writing():
       self._folder.mkdir(exist_ok=True)
       # A file of this start, even if there are two in a second.
@@ -53,7 +61,7 @@ class Progress:
   def log(self, step: int, scalars: dict[str, float]) -> None:
     """Shows training scalars of the last steps."""
     self._write(step, {f"train/{name}": value for name, value in scalars.items()})
-    self._bar.n = step
+    self._bar.n = step * self._batch_size
     self._bar.set_postfix_str(", ".join(f"{n} {v:.4g}" for n, v in scalars.items()))
 
   def evaluated(
