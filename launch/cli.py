@@ -6,6 +6,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from gemjax.parallel.process import set_up_process
+from gemjax.train.termination import Terminated
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -15,6 +16,7 @@ def run(main: Callable[[], int | None]) -> None:
   """
   set_up_process()
   logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback beside every error it raises.
+  sys.unraisablehook = _unraisable
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 
@@ -29,10 +31,6 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
-  from gemjax.checkpoint import CheckpointError
-  from gemjax.train.loop import NonFiniteError
-  from gemjax.train.termination import Terminated
-
   if argv[1:]:
     _fail(2, f"arguments must be flags, but got {argv[1:]}; write --name=value")
   try:
@@ -41,7 +39,7 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
     _fail(143, str(stop))
   except KeyboardInterrupt:
     _fail(130, "interrupted; the same command goes on from the last checkpoint")
-  except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
+  except Exception as error:
     if _is_ours(error):
       _fail(1, _sentence(error))
     raise
@@ -50,6 +48,12 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
 def _is_ours(error: Exception) -> bool:
   """An error raised by this project, or by the operating system about a user's file."""
   return isinstance(error, OSError) or type(error).__module__.startswith("gemjax")
+
+
+def _unraisable(found) -> None:
+  """TensorStore's threads still report to the event loop of a save or restore that has failed."""
+  if str(found.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(found)
 
 
 def _sentence(error: Exception) -> str:

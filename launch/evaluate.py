@@ -18,13 +18,14 @@ _JSON = flags.DEFINE_string("json", None, "File for the figures; default: none i
 
 def main():
   from gemjax.train.summary import split_summary, table
-  from gemjax.train.trained import evaluate_run
   from gemjax.train.workdir import WorkdirError, write_json
 
   if not _WORKDIR.value:
     raise WorkdirError("--workdir is missing; name the folder of a run")
   if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
     raise WorkdirError(f"--json={_JSON.value} lies in no folder; make the folder first")
+  from gemjax.train.trained import evaluate_run  # Seconds of imports.
+
   found = evaluate_run(
     pathlib.Path(_WORKDIR.value), _SPLIT.value, step=_CHECKPOINT.value, data=_DATA.value
   )

@@ -17,10 +17,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints
 
 def main():
   from gemjax.config import Config, ConfigError
-  from gemjax.train.loop import train
   from gemjax.train.workdir import WorkdirError
 
-  file = config_flags.get_config_filename(flags.FLAGS["config"])
+  flag = flags.FLAGS["config"]
+  file = config_flags.get_config_filename(flag) if flag.present else ""
   if not file:
     raise ConfigError("--config is missing; name a file of configs/, as configs/wukong_demo.py")
   if not pathlib.Path(file.split(":")[0]).is_file():
@@ -29,6 +29,8 @@ def main():
     raise ConfigError(f"get_config of {file} must return a gemjax Config, not {_CONFIG.value!r}")
   if not _WORKDIR.value:
     raise WorkdirError("--workdir is missing; name the folder of this run")
+  from gemjax.train.loop import train  # Seconds of imports, which wrong flags need not wait for.
+
   train(_CONFIG.value, _WORKDIR.value)
 
 

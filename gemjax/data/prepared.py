@@ -83,7 +83,9 @@ def open_prepared(path: str | os.PathLike) -> PreparedData:
       name: Split(files=tuple(s["files"]), blocks=tuple(tuple(b) for b in s["blocks"]))
       for name, s in tree["splits"].items()
     }
-  except (KeyError, TypeError, json.JSONDecodeError) as error:
+  except PreparedDataError:
+    raise
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise PreparedDataError(f"{file}: truncated or corrupt ({error}); prepare again") from error
   for split in splits.values():
     for name in split.files:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import sys
+import types
 
 
 def set_up_process() -> None:
@@ -20,6 +21,11 @@ def set_up_process() -> None:
   if wheels and not os.environ.get("JAX_PLATFORMS") and not _has_driver():
     print("no NVIDIA driver on this machine: training on the CPU", file=sys.stderr, flush=True)
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Asked or not, JAX loads the wheels, and they log eight more lines: let it find none.
+    for version in (12, 13):
+      sys.modules[f"jax_cuda{version}_plugin"] = None
+      idle = types.SimpleNamespace(initialize=lambda: None)
+      sys.modules[f"jax_plugins.xla_cuda{version}"] = idle
   _keep_freed_memory()
 
 

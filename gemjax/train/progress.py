@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +81,7 @@ class Progress:
   def say(self, text: str) -> None:
     """A line that does not break the bar."""
     tqdm.tqdm.write(text)
+    sys.stdout.flush()  # A file or a pipe should see it now, too.
 
   def close(self) -> None:
     if self._bar is not None:
