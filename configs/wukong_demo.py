@@ -13,5 +13,5 @@ def get_config() -> Config:
     embedding=Embedding(dim=16, learning_rate=0.02),
     model=Wukong(layers=2, fmb_units=8, lcb_units=8, rank=8, mlp=(128,), head=(128,)),
     optimizer=Optimizer(learning_rate=2e-3, warmup=0.05, schedule="cosine"),
-    train=Train(epochs=3),
+    train=Train(epochs=2),
   )

@@ -24,7 +24,7 @@ class Data:
   batch_size: int = 4096
   eval_batch_size: int = 8192
   window_blocks: int = 16  # Blocks shuffled together: 16 * 4,096 = 65,536 examples.
-  demo_examples: int = 400_000  # Of the simulator, all splits together.
+  demo_examples: int = 1_000_000  # Of the simulator, all splits together.
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
