@@ -18,7 +18,8 @@ Rows = dict[int, jax.Array]  # Stack width -> (M, W)
 
 def stack_ids(layout: TableLayout, batch: Batch) -> dict[int, jax.Array]:
   """Width -> (M,) int32 rows of that stack: sparse features first, example by example, then the
-  events of each sequence feature; padding reads row R, one beyond the last."""
+  events of each sequence feature; padding reads row R, one beyond the last.
+  """
   ids = {}
   for width, rows in layout.rows:
     sparse = [p for p in layout.sparse if p.width == width]
