@@ -38,7 +38,8 @@ def test_input_units_are_dense_then_embeddings_then_small_groups():
   )
   x = np.asarray(model.inputs(jnp.asarray(UNITS), jnp.asarray(SMALL), jnp.asarray(DENSE)))
   assert x.shape == (B, 2 + N + 1 + 1, D) and model.inputs.units == 8
-  np.testing.assert_allclose(x[:, :2].reshape(B, -1), numpy_mlp(DENSE, model.inputs.dense), rtol=1e-4, atol=1e-5)  # fmt: skip
+  dense = numpy_mlp(DENSE, model.inputs.dense)
+  np.testing.assert_allclose(x[:, :2].reshape(B, -1), dense, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(x[:, 2:6], UNITS)
   first = numpy_mlp(SMALL[:, :2].reshape(B, -1), model.inputs.small[0])
   np.testing.assert_allclose(x[:, 6], first, rtol=1e-4, atol=1e-5)
