@@ -1,5 +1,4 @@
-"""FBGEMM's embedding table on the CPU, the peer of suite `train_step`; as a suite of its own it
-measures this peer alone.
+"""FBGEMM's embedding table on the CPU, a peer of suite `train_step`.
 
 Forward is a lookup of M rows, backward sums duplicates and applies exact row-wise AdaGrad.
 Letters: M looked-up rows, R rows, D width.
@@ -7,7 +6,6 @@ Letters: M looked-up rows, R rows, D width.
 
 from __future__ import annotations
 
-import statistics
 import time
 
 import numpy as np
@@ -29,20 +27,6 @@ except ImportError as error:
 
 LOOKUPS, ROWS, DIM = 160_000, 1_000_000, 64
 RATE, EPS = 0.05, 1e-8
-
-
-def run() -> dict[str, float]:
-  """Milliseconds of forward and backward for uniform and for Zipf ids, medians."""
-  rng = np.random.default_rng(0)
-  grad_MD = rng.standard_normal((LOOKUPS, DIM), np.float32)
-  figures = {}
-  for kind in ("uniform", "zipf"):
-    table = FbgemmTable(rng.standard_normal((ROWS, DIM), np.float32))
-    ids_M = draw_ids(rng, kind)
-    seconds = [table.step(ids_M, grad_MD) for _ in range(12)][2:]
-    for name, samples in zip(("forward", "backward"), zip(*seconds)):
-      figures[f"fbgemm_{kind}_{name}_ms"] = 1e3 * statistics.median(samples)
-  return figures
 
 
 def draw_ids(rng: np.random.Generator, kind: str, rows: int = ROWS, lookups: int = LOOKUPS):

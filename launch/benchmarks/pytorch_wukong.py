@@ -1,5 +1,4 @@
-"""Wukong's training step in plain PyTorch, the peer of suite `train_step`; as a suite of its own
-it measures this peer alone.
+"""Wukong's training step in plain PyTorch, a peer of suite `train_step`.
 
 Same formulas as gemjax/models/wukong.py: optimised FM, LN over the width, ReLU MLPs, a linear
 residual where shapes differ; Adam for dense weights, exact row-wise AdaGrad for the table.
@@ -9,9 +8,6 @@ Letters: B examples, S fields, N units, D width of a unit, K rank, R rows, M loo
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import statistics
-import time
 
 import numpy as np
 
@@ -26,21 +22,6 @@ LAYERS, FMB_UNITS, LCB_UNITS, RANK = 3, 40, 40, 8
 MLP, HEAD = (512, 256), (512, 256)
 DENSE_RATE, TABLE_RATE, EPS = 1e-3, 0.05, 1e-8
 WARMUP = 1000  # Steps over which both learning rates rise in a line, as in the paper.
-
-
-def run() -> dict[str, float]:
-  """`pytorch_examples_per_second`, the median of several steps on random examples."""
-  torch.manual_seed(0)
-  trainer = TorchTrainer(TorchWukong())
-  rng = np.random.default_rng(0)
-  ids_BS = rng.integers(0, ROWS, (BATCH, FIELDS))
-  label_B = (rng.random(BATCH) < 0.3).astype(np.float32)
-  seconds = []
-  for _ in range(8):
-    start = time.perf_counter()
-    trainer.step(ids_BS, label_B)
-    seconds.append(time.perf_counter() - start)
-  return {"pytorch_examples_per_second": BATCH / statistics.median(seconds[2:])}
 
 
 class TorchWukong(nn.Module):
@@ -155,34 +136,8 @@ class TorchTrainer:
     return loss.item()
 
 
-class PlainTrainer:
-  """A `TorchTrainer` in a process of its own that nothing was tuned in, as PyTorch's users run it.
-
-  `set_up_process` changes the allocator of this whole process, PyTorch's included.
-  """
-
-  def __init__(self, weights: dict[str, np.ndarray], rows: int):
-    context = multiprocessing.get_context("spawn")
-    self._pipe, other = context.Pipe()
-    self._process = context.Process(target=_serve, args=(other, rows), daemon=True)
-    self._process.start()
-    self._pipe.send(weights)
-
-  def step(self, ids_BS: np.ndarray, label_B: np.ndarray) -> tuple[float, float]:
-    """Loss before the update, and the seconds that the step took in there."""
-    self._pipe.send((ids_BS, label_B))
-    return self._pipe.recv()
-
-  def close(self) -> None:
-    self._pipe.send(None)
-    self._process.join()
-
-
-def _serve(pipe, rows: int) -> None:
+def trainer_of(weights: dict[str, np.ndarray], rows: int) -> TorchTrainer:
+  """A trainer that starts from `weights`."""
   model = TorchWukong(rows=rows)
-  model.load_weights(pipe.recv())
-  trainer = TorchTrainer(model)
-  while (batch := pipe.recv()) is not None:
-    start = time.perf_counter()
-    loss = trainer.step(*batch)
-    pipe.send((loss, time.perf_counter() - start))
+  model.load_weights(weights)
+  return TorchTrainer(model)
