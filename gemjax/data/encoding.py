@@ -22,10 +22,14 @@ from gemjax.features import MISSING, RESERVED, Dense, FeatureSet, Sequence, Spar
 
 @dataclasses.dataclass(slots=True)
 class Moments:
-  """Running mean and sum of squared deviations in float64 (Chan et al. 1983)."""
+  """Running mean and sum of squared deviations in float64 (Chan et al. 1983).
+
+  All is measured from the first value, so that a constant deviates by exactly 0.
+  """
 
   count: int = 0
-  mean: float = 0.0
+  first: float = 0.0
+  offset: float = 0.0  # Mean of x - first.
   squares: float = 0.0
   missing: bool = False  # Whether any value was.
 
@@ -34,14 +38,21 @@ class Moments:
     self.missing |= len(present) < len(x_B)
     if not len(present):
       return
+    if not self.count:
+      self.first = float(present[0])
     with np.errstate(over="ignore", invalid="ignore"):
+      present = present - self.first
       n, mean = self.count + len(present), present.mean()
-      delta = mean - self.mean
+      delta = mean - self.offset
       self.squares += float(
         np.square(present - mean).sum() + delta**2 * (self.count * len(present) / n)
       )
-      self.mean += float(delta * (len(present) / n))
+      self.offset += float(delta * (len(present) / n))
     self.count = n
+
+  @property
+  def mean(self) -> float:
+    return self.first + self.offset
 
   @property
   def std(self) -> float:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from gemjax.data import raw
 from gemjax.data.block_reader import BlockReader
+from gemjax.data.encoding import Moments
 from gemjax.data.preparation import prepare
 from gemjax.data.prepared import concatenate, open_prepared
 from gemjax.data.vocabulary import Counter, Vocabulary, hash_texts
@@ -210,6 +211,13 @@ def test_mean_and_deviation_are_float64_and_of_train_only(tmp_path):
   times = sorted(float(r["when"]) for r in rows)
   ages = [float(r["age"]) for r in rows if float(r["when"]) < times[round(0.8 * len(rows))]]
   np.testing.assert_allclose([f.mean, f.std], [np.mean(ages), np.std(ages)], rtol=1e-12)
+
+
+def test_a_constant_over_many_chunks_is_stored_as_zero():
+  moments = Moments()
+  for n in (3, 7, 10):
+    moments.add(np.full(n, 0.1))
+  assert (moments.mean, moments.std) == (0.1, 1)
 
 
 def write_parquet(path, rows):
