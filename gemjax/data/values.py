@@ -31,7 +31,7 @@ def _texts(x: pl.Series, chunk: Chunk, name: str, missing_values: tuple[str, ...
   if x.dtype.is_float():
     x = x.fill_nan(None)
     whole = x.cast(pl.Int64, strict=False)
-    x = whole.cast(pl.String).zip_with((whole == x).fill_null(True), x.cast(pl.String))
+    x = whole.cast(pl.String).zip_with((whole == x).fill_null(False), x.cast(pl.String))
   x = x.cast(pl.String)
   if missing_values == ("",):
     return x.set(x == "", None) if x.len() else x
@@ -56,6 +56,8 @@ def numbers(chunk: Chunk, name: str, missing_values: tuple[str, ...] = ("",)) ->
       )
   else:
     y = x.cast(pl.Float64)
+    if missing_values != ("",):
+      y = y.set(texts(chunk, name, missing_values).is_null(), None)
   y_B = y.fill_null(math.nan).to_numpy()
   if len(wrong := np.flatnonzero(np.isinf(y_B))):
     raise RawDataError(

@@ -245,6 +245,18 @@ def test_parquet_and_csv_are_read_alike(tmp_path):
   equal(a, run(tmp_path, rows, name="data.parquet", write=write_parquet, out="parquet"))
 
 
+@pytest.mark.parametrize("kind", [pl.String, pl.Int64, pl.Float64])
+def test_missing_values_and_numbers_of_every_type(tmp_path, kind):
+  numbers = pl.Series("y", ["0", "1"] * 5), pl.Series("d", ["-1", "7"] * 5)
+  pl.DataFrame(numbers).cast(kind).write_parquet(tmp_path / "d.parquet")
+  schema = 'missing_values = ["-1"]\n' + simple(by="order").replace("x]", "d]")
+  (tmp_path / "s.toml").write_text(schema.replace("sparse", "dense"))
+  args = ("table", tmp_path / "d.parquet", tmp_path / "out", tmp_path / "s.toml")
+  data = prepare(*args, progress=False)
+  assert [(f.name, f.mean) for f in data.features.dense] == [("d", 7), ("d.missing", 0)]
+  assert columns(data, "train")["label"][:, 0].tolist() == [0, 1] * 4
+
+
 def test_small_reads_change_nothing(tmp_path, monkeypatch):
   rows = make_rows(100)
   a = run(tmp_path, rows)

@@ -63,6 +63,7 @@ def fails(tmp_path, data, schema=SCHEMA, name="in.csv", out="out", **options):
 
 USER, TIME = 'user = "u"\n', 'time = "t"\n'
 BY_TIME = TIME + SCHEMA.replace('"order"', '"time"')
+NA = 'missing_values = ["NA"]\n' + SCHEMA
 STRICT = SCHEMA + 'missing = "error"\n'
 SEQUENCE = SCHEMA + '[columns.s]\nkind = "sequence"\n'
 
@@ -138,6 +139,7 @@ def test_line_numbers_hold_across_blocks(tmp_path, monkeypatch):
 PARQUET = {
   "dense text": ({"d": ["1", "x"] * 10}, SCHEMA, ["row 2", "'d'", "'x'"]),
   "dense inf": ({"d": [1.0, np.inf] * 10}, SCHEMA, ["row 2", "'d' must be finite"]),
+  "inf and NA": ({"d": [1.0, np.inf] * 10}, NA, ["row 2", "'d' must be finite"]),
   "dense lists": ({"d": [[1.0], [2.0]] * 10}, SCHEMA, ["'d' must hold numbers", "List"]),
   "sparse lists": ({"c": [["a"], ["b"]] * 10}, SCHEMA, ["'c' holds List", "'sequence'"]),
   "label null": ({"y": [0, None] * 10}, SCHEMA, ["row 2", "'y' is missing"]),
