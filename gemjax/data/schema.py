@@ -180,18 +180,21 @@ class Schema:
     return tuple(dict.fromkeys([*self.columns, *filter(None, (self.user, self.time))]))
 
   def encoded(self, *, hash_rows: int = 0, min_count: int = 0) -> Schema:
-    """The schema with all categories hashed to `hash_rows`, or cut at `min_count` (0: as is)."""
+    """The schema with all categories hashed, or all vocabularies cut at `min_count` (0: as is)."""
     if not hash_rows and not min_count:
       return self
     if hash_rows and min_count:
       raise SchemaError(
         f"hash_rows = {hash_rows} and min_count = {min_count} exclude each other; drop one"
       )
+    categories = self.of_kind("sparse") | self.of_kind("sequence")
     if hash_rows:
       change = {"encoding": "hash", "rows": hash_rows, "min_count": 1}
     else:
-      change = {"encoding": "vocabulary", "rows": 0, "seed": 0, "min_count": min_count}
-    categories = self.of_kind("sparse") | self.of_kind("sequence")
+      change = {"min_count": min_count}
+      categories = {n: c for n, c in categories.items() if c.encoding == "vocabulary"}
+      if not categories:
+        raise SchemaError(f"min_count = {min_count}, but there is no vocabulary to cut; drop it")
     changed = {n: dataclasses.replace(c, **change) for n, c in categories.items()}
     return dataclasses.replace(self, columns=self.columns | changed)
 

@@ -398,8 +398,11 @@ def test_options_change_every_category(tmp_path):
   assert data.features.tables == {"user": 20, "ad": 20}
   assert all(f.encoding == "hash" for f in data.features.sparse + data.features.sequence)
   data = run(tmp_path, rows, out="count", min_count=1)
+  assert data.features.tables["user"] == 50 and data.features.sparse[0].encoding == "hash"
   assert columns(data, "train")["ids"].min() == 0
   assert not (columns(data, "train")["ids"] == 1).any()
+  limited = SCHEMA.replace("min_count = 3", "min_count = 3\nrows = 9")
+  assert run(tmp_path, rows, limited, out="limit", min_count=1).features.tables["ad"] == 9
 
 
 def test_rows_limit_keeps_the_most_frequent(tmp_path):

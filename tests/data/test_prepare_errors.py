@@ -253,6 +253,9 @@ def test_bad_arguments(tmp_path):
     call("table", *args, schema, hash_rows=2)
   with pytest.raises(SchemaError, match=r"exclude each other"):
     call("table", *args, schema, hash_rows=9, min_count=2)
+  schema.write_text(SCHEMA + 'encoding = "hash"\nrows = 9\n')
+  with pytest.raises(SchemaError, match=r"min_count = 2.*no vocabulary"):
+    call("table", *args, schema, min_count=2)
   assert not (tmp_path / "out").exists()
 
 
