@@ -117,9 +117,7 @@ class TextFile:
       ) from error
 
   def _parse(self, text: str, names, columns, line: int) -> pl.DataFrame:
-    delimiter = self.delimiter
-    if len(delimiter) > 1:
-      text, delimiter = text.replace(delimiter, "\x1f"), "\x1f"
+    text, delimiter = _single(text, self.delimiter)
     data = text.encode()
     lines = text.count("\n") + (not text.endswith("\n"))
     plain = self.quote is None or self.quote not in text
@@ -209,7 +207,15 @@ def existing(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _header(line: str, delimiter: str) -> tuple[str, ...]:
-  return tuple(next(csv.reader([line.removesuffix("\r")], delimiter=delimiter), ()))
+  line, delimiter = _single(line.removesuffix("\r"), delimiter)
+  return tuple(next(csv.reader([line], delimiter=delimiter), ()))
+
+
+def _single(text: str, delimiter: str) -> tuple[str, str]:
+  """The text with a delimiter of one character, which is all that csv and Polars know."""
+  if len(delimiter) == 1:
+    return text, delimiter
+  return text.replace(delimiter, "\x1f"), "\x1f"
 
 
 def _blocks(file) -> Iterator[bytes]:

@@ -158,6 +158,10 @@ class Schema:
       raise SchemaError("the schema has no label; give one column kind = 'label'")
     if len(self.of_kind("label")) == len(self.columns):
       raise SchemaError("the schema has no feature; give a column kind dense, sparse or sequence")
+    if not self.delimiter.isascii() or set(self.delimiter) & set('"\r\n'):
+      raise SchemaError(
+        f"delimiter must be of ASCII without quote and line end, got {self.delimiter!r}"
+      )
     if self.split.by == "time" and not self.time:
       raise SchemaError("split.by = 'time' needs `time = COLUMN` in the schema")
     tables: dict[str, tuple[str, dict[str, Any]]] = {}

@@ -311,14 +311,18 @@ def test_dialects_are_read_alike(tmp_path, name, write):
   equal(a, run(tmp_path, rows, name=name, write=write, out="other"))
 
 
-def test_no_header_and_another_delimiter(tmp_path):
+@pytest.mark.parametrize("delimiter", [";", "::"])
+@pytest.mark.parametrize("header", [True, False])
+def test_another_delimiter_with_and_without_header(tmp_path, delimiter, header):
   rows = make_rows(200)
   a = run(tmp_path, rows)
 
   def write(path, rows):
-    path.write_text("".join(";".join(r[n] for n in NAMES) + "\n" for r in rows))
+    rows = [dict(zip(NAMES, NAMES)), *rows] if header else rows
+    path.write_text("".join(delimiter.join(r[n] for n in NAMES) + "\n" for r in rows))
 
-  schema = f'delimiter = ";"\nnames = {json.dumps(NAMES)}\n' + SCHEMA
+  names = [] if header else NAMES
+  schema = f'delimiter = "{delimiter}"\nnames = {json.dumps(names)}\n' + SCHEMA
   equal(a, run(tmp_path, rows, schema, name="bare.txt", write=write, out="other"))
 
 

@@ -212,6 +212,7 @@ SCHEMAS = {
   "fractions": (SCHEMA.replace('"order"', '"order"\nfractions = [0.8, 0.1, 0.2]'), ["add up"]),
   "fractions of two": (SCHEMA.replace('"order"', '"order"\nfractions = [0.8, 0.2]'), ["three"]),
   "unknown entry": ("color = 3\n" + SCHEMA, ["'color'", "'user'"]),
+  "delimiter": ('delimiter = "§"\n' + SCHEMA, ["schema.toml", "delimiter", "'§'", "ASCII"]),
   "user twice": ("user = 3\n" + SCHEMA, ["user must be a text", "3"]),
   "no TOML": ("[columns\n", ["schema.toml", "line 1"]),
   "column twice": (SCHEMA + '[columns.y]\nkind = "dense"\n', ["schema.toml", "line"]),
