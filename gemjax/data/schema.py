@@ -76,6 +76,8 @@ def _check_value(name: str, value: Any, default: Any) -> None:
     raise SchemaError(f"{name} must be a text, got {value!r}")
   if type(default) is tuple and not isinstance(value, list | tuple):
     raise SchemaError(f"{name} must be a list, got {value!r}")
+  if name in ("missing_values", "names") and not all(type(x) is str for x in value):
+    raise SchemaError(f"{name} must be a list of texts, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

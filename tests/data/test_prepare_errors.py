@@ -213,6 +213,8 @@ SCHEMAS = {
   "fractions of two": (SCHEMA.replace('"order"', '"order"\nfractions = [0.8, 0.2]'), ["three"]),
   "unknown entry": ("color = 3\n" + SCHEMA, ["'color'", "'user'"]),
   "delimiter": ('delimiter = "§"\n' + SCHEMA, ["schema.toml", "delimiter", "'§'", "ASCII"]),
+  "missing -1": ("missing_values = [-1]\n" + SCHEMA, ["missing_values", "list of texts", "[-1]"]),
+  "names 1, 2": ("names = [1, 2]\n" + SCHEMA, ["names must be a list of texts", "[1, 2]"]),
   "user twice": ("user = 3\n" + SCHEMA, ["user must be a text", "3"]),
   "no TOML": ("[columns\n", ["schema.toml", "line 1"]),
   "column twice": (SCHEMA + '[columns.y]\nkind = "dense"\n', ["schema.toml", "line"]),
