@@ -176,6 +176,7 @@ class ParquetFile:
         total = max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
           frame = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch]))).select(columns)
+          frame = frame.cast({pl.Categorical: pl.String, pl.Enum: pl.String})  # Dictionaries.
           rows_B = np.arange(row, row + len(frame))
           row += len(frame)
           yield Chunk(frame, rows_B, self.path, "row", self.size * len(frame) // total)

@@ -245,7 +245,7 @@ def test_parquet_and_csv_are_read_alike(tmp_path):
   equal(a, run(tmp_path, rows, name="data.parquet", write=write_parquet, out="parquet"))
 
 
-@pytest.mark.parametrize("kind", [pl.String, pl.Int64, pl.Float64])
+@pytest.mark.parametrize("kind", [pl.String, pl.Int64, pl.Float64, pl.Categorical])
 def test_missing_values_and_numbers_of_every_type(tmp_path, kind):
   numbers = pl.Series("y", ["0", "1"] * 5), pl.Series("d", ["-1", "7"] * 5)
   pl.DataFrame(numbers).cast(kind).write_parquet(tmp_path / "d.parquet")
