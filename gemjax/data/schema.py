@@ -68,8 +68,8 @@ def _check_value(name: str, value: Any, default: Any) -> None:
   if name in _CHOICES and value not in _CHOICES[name]:
     raise SchemaError(f"{name} {value!r} is unknown; choose from {list(_CHOICES[name])}")
   number = isinstance(value, int | float) and not isinstance(value, bool)
-  if name == "threshold" and not number:
-    raise SchemaError(f"threshold must be a number, got {value!r}")
+  if name == "threshold" and not (number and abs(value) < 1e308):
+    raise SchemaError(f"threshold must be a finite number, got {value!r}")
   if type(default) is int and type(value) is not int:
     raise SchemaError(f"{name} must be a whole number, got {value!r}")
   if type(default) is str and type(value) is not str:
@@ -113,6 +113,8 @@ class Column:
       raise SchemaError(
         f"a hash needs rows >= {RESERVED + 1} (two are reserved), but rows = {self.rows}"
       )
+    if not 0 <= self.rows < 2**31:
+      raise SchemaError(f"rows must be from 0 to below 2^31, as ids are int32, got {self.rows}")
     if self.encoding == "hash" and self.min_count > 1:
       raise SchemaError(f"a hash counts nothing, but min_count = {self.min_count}; drop it")
     if self.encoding == "vocabulary" and 0 < self.rows <= RESERVED:

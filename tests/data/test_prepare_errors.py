@@ -198,6 +198,8 @@ SCHEMAS = {
   "no room": (SCHEMA + "rows = 2\n", ["column 'c'", "rows = 2", "no room"]),
   "useless seed": (SCHEMA + "seed = 2\n", ["column 'c'", "seed = 2"]),
   "rows in words": (SCHEMA + 'rows = "many"\n', ["column 'c'", "rows", "whole number", "'many'"]),
+  "rows over int32": (SCHEMA + "rows = 2147483648\n", ["column 'c'", "rows", "2^31", "2147483648"]),
+  "threshold": (SCHEMA.replace('"label"', '"label"\nthreshold = nan'), ["'y'", "finite", "nan"]),
   "min_count 0": (SCHEMA + "min_count = 0\n", ["column 'c'", "min_count", "at least 1"]),
   "shared sizes": (
     SCHEMA + 'table = "t"\n[columns.u]\nkind = "sparse"\ntable = "t"\nrows = 9\n',
