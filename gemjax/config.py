@@ -183,6 +183,10 @@ class Config:
     for name in ("init_scale", "learning_rate", "eps", "weight_decay", "l2"):
       value = getattr(emb, name)
       _need(_real(value), f"embedding.{name}", value, "a finite number of at least 0")
+    _need(emb.eps > 0 or emb.optimizer == "sgd", "embedding.eps", emb.eps, "positive")
+    if isinstance(self.model, Logistic | Fm):  # A small table would pass an MLP.
+      law = "0 for a linear model"
+      _need(not emb.small_rows, "embedding.small_rows", emb.small_rows, law)
     both = emb.weight_decay and emb.l2
     _need(not both, "embedding.l2", emb.l2, "0 where embedding.weight_decay is positive")
     decay = emb.learning_rate * emb.weight_decay
@@ -227,6 +231,8 @@ def _validate_model(model: Model) -> None:
     name, value = f"model.{field.name}", getattr(model, field.name)
     if field.name in ("mlp", "head"):
       _widths(value, name)
+      empty = isinstance(model, Dcnv2) and not value
+      _need(not empty, name, value, "a tuple of at least one width")
     elif field.name.endswith("dropout"):
       _need(_real(value) and value < 1, name, value, "in [0, 1)")
     elif field.name == "fm":

@@ -7,8 +7,6 @@ Letters: B examples, F dense features, S sparse features, T tasks, E events of o
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,12 +104,6 @@ class FeatureSet:
       return cls(**kinds, **rest | {"tasks": tuple(tree["tasks"])})
     except (KeyError, TypeError) as error:
       raise ValueError(f"not a feature set: {error}") from error
-
-  @property
-  def fingerprint(self) -> str:
-    """Digest of everything above: equal if and only if the features are."""
-    text = json.dumps(self.to_json(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def difference(self, other: FeatureSet) -> str | None:
     """The first difference to `other` in words that name the field, or None."""

@@ -6,6 +6,7 @@ python launch/benchmark.py --suite=data --json=data.json
 import importlib
 import json
 import pathlib
+import sys
 
 import cli
 from absl import flags
@@ -19,7 +20,11 @@ def main():
   # Minutes of measuring should not end in a bad path.
   if _JSON.value and not (folder := pathlib.Path(_JSON.value).absolute().parent).is_dir():
     raise NotADirectoryError(f"--json={_JSON.value}: {folder} is no folder; make it first")
-  figures = importlib.import_module(f"benchmarks.{_SUITE.value}").run()
+  try:
+    suite = importlib.import_module(f"benchmarks.{_SUITE.value}")
+  except ImportError as error:  # A peer that is not installed.
+    sys.exit(f"error: {error}")
+  figures = suite.run()
   for key, value in figures.items():
     print(f"{key:<32} {value:,.4g}")
   if _JSON.value:

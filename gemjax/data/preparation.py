@@ -76,7 +76,8 @@ def prepare(
             f"split {split!r} of {path} is empty (rows: {counts}, split by {schema.split.by}); "
             "give it rows or other fractions"
           )
-      origin = {"dataset": dataset, "split": schema.split.by, "rows": counts}
+      origin = {"dataset": dataset, "input": os.path.abspath(path)}
+      origin |= {"split": schema.split.by, "rows": counts}
       return writer.finish(encoder.features, vocabularies=encoder.vocabularies, origin=origin)
   except OSError as error:
     if error.strerror:  # From the system, not one of our sentences.

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from gemjax.data.blocks import Columns, encode_block
 from gemjax.features import FeatureSet
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 BLOCK_SIZE = 4096
 
 
@@ -39,6 +40,7 @@ class Split:
 
   files: tuple[str, ...]
   blocks: tuple[tuple[int, ...], ...]  # Per file, the examples of each block.
+  digest: int  # CRC32 of all its blocks: tells this data from other data with equal features.
 
   @property
   def examples(self) -> int:
@@ -80,7 +82,9 @@ def open_prepared(path: str | os.PathLike) -> PreparedData:
       )
     features = FeatureSet.from_json(tree["features"])
     splits = {
-      name: Split(files=tuple(s["files"]), blocks=tuple(tuple(b) for b in s["blocks"]))
+      name: Split(
+        files=tuple(s["files"]), blocks=tuple(tuple(b) for b in s["blocks"]), digest=s["digest"]
+      )
       for name, s in tree["splits"].items()
     }
   except PreparedDataError:
@@ -111,6 +115,7 @@ class PreparedWriter:
     self._pending: dict[str, list[Columns]] = {}
     self._writers: dict[str, ArrayRecordWriter] = {}
     self._blocks: dict[str, list[int]] = {}
+    self._digests: dict[str, int] = {}
     if self._path.exists() and any(self._path.iterdir()):
       raise PreparedDataError(f"{self._path} exists and is not empty; name another output folder")
 
@@ -150,7 +155,11 @@ class PreparedWriter:
       with self._failing(split):
         writer.close()
     self._verify()  # A closed writer always says it is not ok: only the records tell.
-    splits = {s: {"files": [_file(s)], "blocks": [b]} for s, b in self._blocks.items() if b}
+    splits = {
+      s: {"files": [_file(s)], "blocks": [b], "digest": self._digests[s]}
+      for s, b in self._blocks.items()
+      if b
+    }
     if vocabularies is not None:
       (self._partial / "vocabularies.json").write_text(json.dumps(vocabularies))
     manifest = {"version": VERSION, "features": features.to_json(), "splits": splits}
@@ -166,8 +175,10 @@ class PreparedWriter:
       # One record a group, so that a block can be read alone.
       file = str(self._partial / _file(split))
       self._writers[split] = ArrayRecordWriter(file, "group_size:1,zstd:1")
+    block = encode_block(columns)
+    self._digests[split] = zlib.crc32(block, self._digests.get(split, 0))
     with self._failing(split):
-      self._writers[split].write(encode_block(columns))
+      self._writers[split].write(block)
       if not self._writers[split].ok():
         raise RuntimeError("no reason given")
     self._blocks[split].append(examples(columns))

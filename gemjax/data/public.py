@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import pathlib
+import zlib
 
 from gemjax.data.raw import ParquetFile, RawDataError, Reader, Source, TextFile, existing
 from gemjax.data.schema import SPLITS, Column, Schema, SplitRule
@@ -25,6 +27,7 @@ def is_frappe(path: pathlib.Path) -> bool:
 
 CRITEO_DENSE = [f"i{i}" for i in range(1, 14)]
 CRITEO_SPARSE = [f"c{i}" for i in range(1, 27)]
+_KAGGLE, _1TB = ("train*.txt*",), ("*.parquet", "day_*")
 CRITEO = ("label", *CRITEO_DENSE, *CRITEO_SPARSE)
 
 
@@ -37,7 +40,7 @@ def _criteo(split: SplitRule, files: tuple[Reader, ...]) -> Source:
 
 def criteo_kaggle(path: pathlib.Path) -> Source:
   """Kaggle Display Ads: train*.txt, tab-separated without header, split in the order of rows."""
-  files = [path] if path.is_file() else sorted(path.glob("train*.txt*"))
+  files = _files(path, *_KAGGLE)
   if len(files) != 1:
     raise RawDataError(
       f"{path} must hold one train*.txt of Criteo Kaggle, but holds {[f.name for f in files]}"
@@ -46,8 +49,8 @@ def criteo_kaggle(path: pathlib.Path) -> Source:
 
 
 def is_criteo_kaggle(path: pathlib.Path) -> bool:
-  files = [path] if path.is_file() else sorted(path.glob("train*.txt"))
-  return len(files) == 1 and _first_line(files[0]).count("\t") == len(CRITEO) - 1
+  files = _files(path, *_KAGGLE)
+  return len(files) == 1 and not path.match("day_*") and _is_log(files[0])
 
 
 def criteo_1tb(path: pathlib.Path) -> Source:
@@ -55,7 +58,7 @@ def criteo_1tb(path: pathlib.Path) -> Source:
 
   The samples of it in Parquet carry no time, so that only a random split treats all alike.
   """
-  files = [path] if path.is_file() else sorted([*path.glob("*.parquet"), *path.glob("day_*")])
+  files = _files(path, *_1TB)
   if not files:
     raise RawDataError(f"{path} must hold *.parquet or day_* of Criteo 1TB, but holds neither")
   readers = tuple(ParquetFile(f) if f.suffix == ".parquet" else _log(f) for f in files)
@@ -66,9 +69,11 @@ def is_criteo_1tb(path: pathlib.Path) -> bool:
   import pyarrow as pa
   import pyarrow.parquet as pq
 
-  files = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet"))
+  files = _files(path, *_1TB)
+  if not files or files[0].suffix != ".parquet":
+    return bool(files) and _is_log(files[0])
   try:
-    return bool(files) and set(CRITEO) <= set(pq.read_schema(files[0]).names)
+    return set(CRITEO) <= set(pq.read_schema(files[0]).names)
   except (OSError, pa.ArrowException):
     return False
 
@@ -77,8 +82,18 @@ def _log(path: pathlib.Path) -> TextFile:
   return TextFile(path, delimiter="\t", names=CRITEO, quote=None)
 
 
+def _is_log(path: pathlib.Path) -> bool:
+  return _first_line(path).count("\t") == len(CRITEO) - 1
+
+
+def _files(path: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
+  """`path` itself if it is a file, else those in it of such names."""
+  return [path] if path.is_file() else sorted(f for p in patterns for f in path.glob(p))
+
+
 def _first_line(path: pathlib.Path) -> str:
-  if not path.is_file():
+  try:
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+      return file.readline(1 << 16).decode(errors="replace")
+  except (OSError, EOFError, zlib.error):
     return ""
-  with open(path, "rb") as file:
-    return file.readline(1 << 16).decode(errors="replace")

@@ -72,6 +72,12 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
       width = config.small_dim if small else units * config.dim
       tables[spec.table] = (width, rows.get(width, 0), units)
       rows[width] = rows.get(width, 0) + spec.size
+  kinds = {(width, units > 0) for width, _, units in tables.values()}
+  if {(config.small_dim, True), (config.small_dim, False)} <= kinds:
+    raise config_lib.ConfigError(
+      f"config.embedding.small_dim is {config.small_dim}, which is also the width of a table that "
+      "is not small; choose another, or config.embedding.small_rows = 0"
+    )
   for width, size in rows.items():
     if size >= 2**31:
       raise config_lib.ConfigError(

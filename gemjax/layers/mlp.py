@@ -11,7 +11,8 @@ from gemjax.layers.dropout import Key, dropout, fold
 
 
 class Mlp(nnx.Module):
-  """x_BI -> x_BO: h <- dropout(relu(h W_i + b_i)) for the hidden widths, then h W + b.
+  """x_BI -> x_BO: h <- dropout(relu(h W_i + b_i)) for the hidden widths, then h W + b, the last
+  one computed in `last_dtype` where given.
 
   Kernels are born with variance 1 / fan-in (LeCun), biases at zero.
   """
@@ -25,11 +26,16 @@ class Mlp(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
     dropout: float = 0.0,
+    last_dtype: str | None = None,
   ):
     widths = (inputs, *hidden, outputs)
+    dtypes = [dtype] * len(hidden) + [last_dtype or dtype]
     self.dropout = dropout
     self.layers = nnx.List(
-      [nnx.Linear(i, o, dtype=dtype, rngs=rngs) for i, o in itertools.pairwise(widths)]
+      [
+        nnx.Linear(i, o, dtype=t, rngs=rngs)
+        for (i, o), t in zip(itertools.pairwise(widths), dtypes)
+      ]
     )
 
   def __call__(self, x_BI: jax.Array, key: Key = None) -> jax.Array:

@@ -22,10 +22,12 @@ class Heads(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
   ):
-    self.heads = nnx.List(
-      [Mlp(inputs, hidden, 1, dtype=dtype, rngs=rngs, dropout=dropout) for _ in range(tasks)]
+    # Logits of eight bits would tie examples that a ranker must tell apart.
+    make = lambda: Mlp(
+      inputs, hidden, 1, dtype=dtype, rngs=rngs, dropout=dropout, last_dtype="float32"
     )
+    self.heads = nnx.List([make() for _ in range(tasks)])
 
   def __call__(self, x_BI: jax.Array, key: Key = None) -> jax.Array:
     logits = [head(x_BI, fold(key, t)) for t, head in enumerate(self.heads)]
-    return jnp.concatenate(logits, 1).astype(jnp.float32)
+    return jnp.concatenate(logits, 1)

@@ -11,7 +11,10 @@ from gemjax.layers.dropout import Key
 
 
 class Logistic(nnx.Module):
-  """ŷ_t = sum_n X0[n, t] + b_t: a unit holds one weight a task, so d must equal T."""
+  """ŷ_t = sum_n X0[n, t] + b_t: a unit holds one weight a task, so d must equal T.
+
+  Dense features are one such unit, a linear map of them.
+  """
 
   def __init__(
     self,

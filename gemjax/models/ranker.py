@@ -23,6 +23,7 @@ MODELS = {
   config_lib.Dcnv2: Dcnv2,
   config_lib.Mlp: MlpRanker,
 }
+LINEAR = (config_lib.Logistic, config_lib.Fm)
 
 
 class Ranker(nnx.Module):
@@ -43,7 +44,8 @@ class Ranker(nnx.Module):
       dim=emb.dim,
       units=units,
       dense=dense,
-      dense_mlp=emb.dense_mlp,
+      # A linear model stays linear in its dense features.
+      dense_mlp=() if isinstance(config.model, LINEAR) else emb.dense_mlp,
       dense_units=emb.dense_units,
       small=small,
       small_dim=emb.small_dim,

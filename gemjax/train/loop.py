@@ -90,7 +90,8 @@ class _Run:
     )
     # What can be refused has been refused: from here on the folder is this run's.
     self.checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=config.checkpoint.keep)
-    folder.claim(config, data.features, begun=bool(self.checkpoints.steps))
+    digests = {name: split.digest for name, split in data.splits.items()}
+    folder.claim(config, data.features, digests, begun=bool(self.checkpoints.steps))
     self.progress = Progress(folder.path, self.steps, batch)
     self.best = BestSoFar(metric=config.train.stop_metric)
     self.valid: dict[str, Any] = {}  # Results of the best evaluation.
@@ -201,9 +202,11 @@ class _Run:
     if self.best.step in (done, None):
       self.valid = results
     if self.best.stopped(self.config.train.patience):
+      was = "it was never defined"  # One class only.
+      if self.best.value is not None:
+        was = f"best {self.best.value:.5f} at step {self.best.step:,}"
       self.progress.say(
-        f"early stop: {self.best.metric} did not improve in {self.best.since} evaluations; "
-        f"best {self.best.value:.5f} at step {self.best.step:,}"
+        f"early stop: {self.best.metric} did not improve in {self.best.since} evaluations; {was}"
       )
     return state._replace(sums=metrics.zeros(len(self.data.features.tasks)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 from gemjax import config as config_lib
@@ -25,9 +26,9 @@ def open_data(
   """
   path, wanted = config.data.path, {"dataset": DEMO, "examples": config.data.demo_examples}
   if path != DEMO:
-    if (pathlib.Path(path) / MANIFEST).exists() or not (dataset := recognise(path)):
-      return open_prepared(path)  # Says what is wrong with what is neither.
-    wanted = {"dataset": dataset}
+    if (pathlib.Path(path) / MANIFEST).exists():
+      return open_prepared(path)
+    wanted = {"input": os.path.abspath(path)}
   made = workdir / DATA
   if (made / MANIFEST).exists():
     data = open_prepared(made)
@@ -38,9 +39,14 @@ def open_data(
       )
     return data
   if not make:
-    raise PreparedDataError(f"{made} is missing; name a prepared folder by --data")
+    raise PreparedDataError(
+      f"{path} is no prepared data set and {made} is missing; name a prepared folder by --data"
+    )
   if path == DEMO:
     print(f"simulating {config.data.demo_examples:,} ad impressions", flush=True)
     return simulate(made, examples=config.data.demo_examples)
+  dataset = recognise(path)
+  if dataset is None:
+    return open_prepared(path)  # Says what is wrong with it.
   print(f"preparing {dataset} from {path}", flush=True)
   return prepare(dataset, path, made)

@@ -56,6 +56,10 @@ def make_trainer(config: config_lib.Config, features: FeatureSet, steps: int) ->
       raise config_lib.ConfigError(
         f"config.train.task_weights names {task!r}, but the tasks are {list(features.tasks)}"
       )
+  if config.train.stop_metric == "gauc" and not features.grouped:
+    raise config_lib.ConfigError(
+      "config.train.stop_metric is 'gauc', but the data names no user; choose auc, ne or log_loss"
+    )
   layout = layout_tables(features, config.embedding)
   graph, _ = nnx.split(nnx.eval_shape(lambda: _ranker(config, features, layout, 0)))
   return Trainer(

@@ -22,7 +22,7 @@ def render(summary: dict[str, Any]) -> str:
     f"{train['examples_per_second']:,.0f} examples/s on {summary['device']}, "
     f"training loss {_number(train['loss'])}",
     f"parameters: {params['dense']:,} dense, {params['embedding']:,} embedding; "
-    f"{summary['gflop_per_example']:.4f} GFLOP an example; seed {summary['seed']}",
+    f"{summary['gflop_per_example']:.3g} GFLOP an example; seed {summary['seed']}",
     "start-up: " + ", ".join(f"{n} {s:.1f} s" for n, s in summary["start_up_seconds"].items()),
     "",
     *table({split: summary[split].get("tasks", {"": summary[split]}) for split in SPLITS}),

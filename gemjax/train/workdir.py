@@ -44,8 +44,16 @@ class Workdir:
   def __exit__(self, kind, value, trace) -> None:
     self._lock.close()
 
-  def claim(self, config: config_lib.Config, features: FeatureSet, *, begun: bool) -> None:
-    """Records config and features; once training has `begun`, they must agree with the record.
+  def claim(
+    self,
+    config: config_lib.Config,
+    features: FeatureSet,
+    digests: dict[str, int],
+    *,
+    begun: bool,
+  ) -> None:
+    """Records config, features and the digest of every split of the data; once training has
+    `begun`, they must agree with the record.
 
     Raises:
       WorkdirError: the field that differs, with both values.
@@ -56,7 +64,14 @@ class Workdir:
       if found:
         raise WorkdirError(f"{self.path} holds a run in which {found}; name another --workdir")
       check_features(self.path, before["features"], features)
-    write_json(self.path / RUN, {"config": config.to_json(), "features": features.to_json()})
+      for split, digest in before["digests"].items():
+        if digests.get(split) != digest:
+          raise WorkdirError(
+            f"{self.path} holds a run on other data: the features agree, but split {split!r} has "
+            "other examples; name the data of the run, or another --workdir"
+          )
+    tree = {"config": config.to_json(), "features": features.to_json(), "digests": digests}
+    write_json(self.path / RUN, tree)
 
 
 def check_features(path: pathlib.Path, tree: dict[str, Any], features: FeatureSet) -> None:
@@ -79,7 +94,7 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
     raise WorkdirError(f"{path} holds no run (no {RUN}); train with --workdir={path} first")
   try:
     tree = json.loads(file.read_text())
-    return {"config": tree["config"], "features": tree["features"]}
+    return {name: tree[name] for name in ("config", "features", "digests")}
   except (ValueError, KeyError, TypeError) as error:
     raise WorkdirError(
       f"{file} is truncated or corrupt ({error}); name another --workdir"

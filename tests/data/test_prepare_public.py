@@ -6,6 +6,7 @@ The oracle reads the files line by line and encodes a few examples with dicts an
 import bisect
 import collections
 import csv
+import gzip
 import math
 import os
 import pathlib
@@ -351,6 +352,14 @@ def test_criteo_made_up(tmp_path):
     (tmp_path / "days" / f"day_{day}").write_text(days)
   data = prepare("criteo-1tb", tmp_path / "days", tmp_path / "b", progress=False)
   check_criteo(data, rows, [split_at_random(b) for b in range(300)], range(300))
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.txt.gz", "day_0", "day_0.gz"])
+def test_criteo_is_recognised_by_every_name_it_is_read_by(tmp_path, name):
+  text = "\n".join("\t".join(r) for r in criteo_lines(20)).encode()
+  (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+  dataset = "criteo-1tb" if name.startswith("day") else "criteo-kaggle"
+  assert recognise(tmp_path) == recognise(tmp_path / name) == dataset
 
 
 def test_criteo_short_line(tmp_path):

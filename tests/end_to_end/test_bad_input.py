@@ -1,5 +1,6 @@
 """Training refuses bad input: one sentence that names file or field and mend, nothing half made."""
 
+import dataclasses
 import json
 import shutil
 
@@ -106,6 +107,10 @@ def test_a_config_that_does_not_fit_the_data(config, data, tmp_path, capsys):
   config.train.task_weights = {"buys": 1.0}
   refuses(capsys, config, run, "config.train.task_weights", "'buys'", "['click', 'buy']")
   config.train.task_weights = {}
+  config.embedding.small_rows, config.embedding.small_dim = 50, 4
+  config.embedding.units = {"item": 1}
+  refuses(capsys, config, run, "config.embedding.small_dim is 4", "small_rows = 0")
+  config.embedding.small_rows, config.embedding.units = 0, {}
   config.model = c.Logistic()
   refuses(capsys, config, run, "embedding.dim")
   assert not (run / RUN).exists() and not (run / "tensorboard").exists()
@@ -137,7 +142,7 @@ DATA = {
   ),
   "manifest empty": (lambda d: (d / MANIFEST).write_text(""), [MANIFEST, "truncated or corrupt"]),
   "manifest a list": (lambda d: (d / MANIFEST).write_text("[]"), [MANIFEST, "corrupt"]),
-  "version": (lambda d: spoil_manifest(d, lambda t: t.update(version=9)), ["version 9", "reads 1"]),
+  "version": (lambda d: spoil_manifest(d, lambda t: t.update(version=9)), ["version 9", "reads 2"]),
   "unknown feature field": (
     lambda d: spoil_manifest(d, lambda t: t["features"]["dense"][0].update(colour=1)),
     [MANIFEST, "colour"],
@@ -220,6 +225,20 @@ def test_the_workdir_of_another_run(trained, config, data, tmp_path, capsys):
   config.data.path = str(tmp_path / "other")
   refuses(capsys, config, trained, "'price' has mean 0.0 here and 1.0", "another --workdir")
   assert other.dense == (Dense(name="price", mean=1.0),)
+
+
+def test_other_examples_with_the_same_features(trained, config, tmp_path, capsys):
+  """Hashed features say nothing of the data: the digests of the splits do."""
+  tiny.write_data(tmp_path / "other", test=tiny.columns(300, np.random.default_rng(9)))
+  config.data.path = str(tmp_path / "other")
+  refuses(capsys, config, trained, "features agree", "split 'test' has other examples")
+
+
+def test_a_metric_that_the_data_cannot_have(config, tmp_path, capsys):
+  features = dataclasses.replace(tiny.features(), grouped=False)
+  tiny.write_data(tmp_path / "other", features)
+  config.data.path, config.train.stop_metric = str(tmp_path / "other"), "gauc"
+  refuses(capsys, config, tmp_path / "run", "config.train.stop_metric is 'gauc'", "no user")
 
 
 def test_a_workdir_whose_data_was_made_from_something_else(config, data, tmp_path, capsys):

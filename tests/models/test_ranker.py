@@ -54,6 +54,16 @@ def test_logistic_regression_sums_weights():
   np.testing.assert_allclose(got[:, 0], units.sum((1, 2)), rtol=1e-5)
 
 
+def test_linear_models_are_linear_in_their_dense_features():
+  model = ranker(c.Logistic(), dim=1, dense=F)
+  call_with = lambda dense: np.asarray(
+    model(jnp.asarray(UNITS[..., :1]), jnp.asarray(SMALL[:, :0]), jnp.asarray(dense))
+  )
+  zero, one, three = (call_with(k * DENSE) for k in (0, 1, 3))
+  np.testing.assert_allclose(three - zero, 3 * (one - zero), rtol=1e-4, atol=1e-5)
+  assert np.abs(one - zero).max() > 0.01
+
+
 def test_fm_is_the_sum_over_all_pairs():
   w, v = UNITS[..., 0].astype(np.float64), UNITS[..., 1:].astype(np.float64)
   pairs = sum((v[:, i] * v[:, j]).sum(1) for i in range(N) for j in range(i + 1, N))
