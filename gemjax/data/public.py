@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import pathlib
 import zlib
+from collections.abc import Sequence
 
 from gemjax.data.raw import ParquetFile, RawDataError, Reader, Source, TextFile, existing
 from gemjax.data.schema import SPLITS, Column, Schema, SplitRule
@@ -40,7 +41,7 @@ def _criteo(split: SplitRule, files: tuple[Reader, ...]) -> Source:
 
 def criteo_kaggle(path: pathlib.Path) -> Source:
   """Kaggle Display Ads: train*.txt, tab-separated without header, split in the order of rows."""
-  files = _files(path, *_KAGGLE)
+  files = _files(path, _KAGGLE)
   if len(files) != 1:
     raise RawDataError(
       f"{path} must hold one train*.txt of Criteo Kaggle, but holds {[f.name for f in files]}"
@@ -49,8 +50,8 @@ def criteo_kaggle(path: pathlib.Path) -> Source:
 
 
 def is_criteo_kaggle(path: pathlib.Path) -> bool:
-  files = _files(path, *_KAGGLE)
-  return len(files) == 1 and not path.match("day_*") and _is_log(files[0])
+  files = _files(path, _KAGGLE)
+  return len(files) == 1 and not files[0].match("day_*") and _is_log(files[0])
 
 
 def criteo_1tb(path: pathlib.Path) -> Source:
@@ -58,7 +59,7 @@ def criteo_1tb(path: pathlib.Path) -> Source:
 
   The samples of it in Parquet carry no time, so that only a random split treats all alike.
   """
-  files = _files(path, *_1TB)
+  files = _files(path, _1TB)
   if not files:
     raise RawDataError(f"{path} must hold *.parquet or day_* of Criteo 1TB, but holds neither")
   readers = tuple(ParquetFile(f) if f.suffix == ".parquet" else _log(f) for f in files)
@@ -69,7 +70,7 @@ def is_criteo_1tb(path: pathlib.Path) -> bool:
   import pyarrow as pa
   import pyarrow.parquet as pq
 
-  files = _files(path, *_1TB)
+  files = _files(path, _1TB)
   if not files or files[0].suffix != ".parquet":
     return bool(files) and _is_log(files[0])
   try:
@@ -86,7 +87,7 @@ def _is_log(path: pathlib.Path) -> bool:
   return _first_line(path).count("\t") == len(CRITEO) - 1
 
 
-def _files(path: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
+def _files(path: pathlib.Path, patterns: Sequence[str]) -> list[pathlib.Path]:
   """`path` itself if it is a file, else those in it of such names."""
   return [path] if path.is_file() else sorted(f for p in patterns for f in path.glob(p))
 
