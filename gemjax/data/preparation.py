@@ -1,4 +1,8 @@
-"""Preparation: raw data in, prepared folder out, in two streaming passes and bounded memory."""
+"""Preparation: raw data in, prepared folder out, in streaming passes: one to fit, one to write.
+
+Memory holds a chunk, the values counted for the vocabularies and the users. A split by order or
+time takes one more pass, before these, and holds a key of 8 bytes for every row.
+"""
 
 from __future__ import annotations
 
