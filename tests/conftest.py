@@ -1,0 +1,10 @@
+"""Every test process has eight CPU devices, so that meshes of any shape can be tried in it."""
+
+import os
+
+# Before JAX is first used. With the CUDA wheels and no driver, JAX would print a traceback.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
