@@ -14,6 +14,11 @@ from gemjax.fields import ConfigError as ConfigError
 from gemjax.fields import need as _need
 
 
+# Axes of the device mesh. A batch is split over both; parameters and tables are sharded over
+# `model` and replicated over `data`.
+DATA, MODEL = "data", "model"
+
+
 def _real(value: float, low: float = 0.0, high: float = math.inf) -> bool:
   return math.isfinite(value) and low <= value <= high
 
@@ -25,6 +30,14 @@ class Data:
   eval_batch_size: int = 8192
   window_blocks: int = 16  # Blocks shuffled together: 16 * 4,096 = 65,536 examples.
   demo_examples: int = 1_000_000  # Of the simulator, all splits together.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Mesh:
+  """Devices as data x model; 0 is chosen by the rule of gemjax/parallel/mesh.py."""
+
+  data: int = 0  # Groups, each with a whole copy of the parameters and tables.
+  model: int = 0  # Devices of a group, which share one copy.
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -43,6 +56,15 @@ class Embedding:
   optimizer: str = "rowwise_adagrad"  # rowwise_adagrad | adagrad | sgd | lazy_adam
   learning_rate: float = 0.05
   eps: float = 1e-8
+  # Tables on a mesh; see gemjax/embedding/tables.py.
+  placement: dict[str, str] = dataclasses.field(
+    default_factory=dict
+  )  # Table -> row | replicated | column, chosen by its size unless named.
+  replicated_rows: int = 1024  # Tables of at most so many rows are replicated.
+  column_width: int = 2048  # Tables of at least this width are split by column.
+  exchange_rows: int = 0  # Rows a pair of devices moves in one round; 0: of the first batch.
+  replicas: str = "exact"  # exact | average: how the copies of the `data` axis are kept alike.
+  average_every: int = 20  # Steps between two averages.
   # Both shrink every row at every step, looked up or not; at most one is positive.
   weight_decay: float = 0.0  # Decoupled: w <- (1 - lr * weight_decay) w.
   l2: float = 0.0  # Of l2 |w|^2 / 2, preconditioned: w <- w exp(-lr * l2 / (sqrt(v) + eps)).
@@ -144,6 +166,7 @@ class Config:
 
   name: str
   data: Data = dataclasses.field(default_factory=Data)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
   embedding: Embedding = dataclasses.field(default_factory=Embedding)
   model: Model = dataclasses.field(default_factory=Wukong)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
@@ -179,6 +202,19 @@ class Config:
       all(u > 0 for u in emb.units.values()),
       "embedding.units", emb.units, "a positive whole number for every feature",
     )  # fmt: skip
+    for axis in (DATA, MODEL):
+      size = getattr(self.mesh, axis)
+      _need(size >= 0, f"mesh.{axis}", size, "at least 0")
+    kinds = ("row", "replicated", "column")
+    _need(
+      all(kind in kinds for kind in emb.placement.values()),
+      "embedding.placement", emb.placement, f"one of {', '.join(kinds)} for every table",
+    )  # fmt: skip
+    for name in ("replicated_rows", "exchange_rows"):
+      _need(getattr(emb, name) >= 0, f"embedding.{name}", getattr(emb, name), "at least 0")
+    for name in ("column_width", "average_every"):
+      _need(getattr(emb, name) > 0, f"embedding.{name}", getattr(emb, name), "positive")
+    _one_of(emb.replicas, "embedding.replicas", "exact", "average")
     _widths(emb.dense_mlp, "embedding.dense_mlp")
     for name in ("init_scale", "learning_rate", "eps", "weight_decay", "l2"):
       value = getattr(emb, name)
