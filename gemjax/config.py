@@ -13,7 +13,6 @@ from gemjax import fields
 from gemjax.fields import ConfigError as ConfigError
 from gemjax.fields import need as _need
 
-
 # Axes of the device mesh. A batch is split over both; parameters and tables are sharded over
 # `model` and replicated over `data`.
 DATA, MODEL = "data", "model"
@@ -277,9 +276,10 @@ def _validate_model(model: Model) -> None:
       _need(value > 0, name, value, "positive")
 
 
-# Fields that may change between the start of a run and its resumption: they move no weight.
+# Fields that may change between the start of a run and its resumption: they move no weight, the
+# mesh by rounding alone.
 FREE_ON_RESUME = (
-  "name", "data.path", "data.eval_batch_size", "train.log_every", "train.patience",
+  "name", "mesh.data", "mesh.model", "embedding.exchange_rows", "data.path", "data.eval_batch_size", "train.log_every", "train.patience",
   "checkpoint.every", "checkpoint.keep",
 )  # fmt: skip
 

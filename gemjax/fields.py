@@ -1,7 +1,7 @@
 """Typed fields of nested dataclasses: checked, written as JSON, read back, and compared.
 
-A field is a whole number, a number, text, a tuple of whole numbers, a dict from names to numbers,
-or another dataclass: one, or where the annotation is a union one of several "kinds".
+A field is a whole number, a number, text, a tuple of whole numbers, a dict from names to numbers
+or text, or another dataclass: one, or where the annotation is a union one of several "kinds".
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ _PLAIN = {
   float: ("a number", _number),
   str: ("text", lambda v: isinstance(v, str)),
   tuple[int, ...]: ("a tuple of widths", lambda v: isinstance(v, tuple) and all(map(_whole, v))),
+  dict[str, str]: ("a dict from names to text", lambda v: _named(v, lambda x: isinstance(x, str))),
   dict[str, int]: ("a dict from names to whole numbers", lambda v: _named(v, _whole)),
   dict[str, float]: ("a dict from names to numbers", lambda v: _named(v, _number)),
 }
