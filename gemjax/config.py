@@ -279,8 +279,16 @@ def _validate_model(model: Model) -> None:
 # Fields that may change between the start of a run and its resumption: they move no weight, the
 # mesh by rounding alone.
 FREE_ON_RESUME = (
-  "name", "mesh.data", "mesh.model", "embedding.exchange_rows", "data.path",
-  "data.eval_batch_size", "train.log_every", "train.patience", "checkpoint.every", "checkpoint.keep",
+  "name",
+  "mesh.data",
+  "mesh.model",
+  "embedding.exchange_rows",
+  "data.path",
+  "data.eval_batch_size",
+  "train.log_every",
+  "train.patience",
+  "checkpoint.every",
+  "checkpoint.keep",
 )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ MISSING = 0
 UNKNOWN = 1
 RESERVED = 2
 
+MAX_ROWS = 2**40  # Of a table: with 256 numbers in bf16 each, they fill 7000 GPUs of 80 GB.
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Dense:
@@ -80,6 +82,8 @@ class FeatureSet:
     for f in (*self.sparse, *self.sequence):
       if f.size < RESERVED:
         raise ValueError(f"feature {f.name!r}: a table has at least {RESERVED} rows, got {f.size}")
+      if f.size > MAX_ROWS:
+        raise ValueError(f"feature {f.name!r}: a table has at most 2^40 rows, got {f.size}")
       size, other = sizes.setdefault(f.table, (f.size, f.name))
       if size != f.size:
         raise ValueError(
@@ -91,6 +95,16 @@ class FeatureSet:
   def tables(self) -> dict[str, int]:
     """Rows of every table, by table name, in order of first use."""
     return {f.table: f.size for f in (*self.sparse, *self.sequence)}
+
+  @property
+  def wide(self) -> bool:
+    """Whether some table has more than 2^31 rows: then every id is int64, in a batch two words."""
+    return any(size > 2**31 for size in self.tables.values())
+
+  @property
+  def id_dtype(self) -> np.dtype:
+    """Of the ids of all features on disk."""
+    return np.dtype(np.int64 if self.wide else np.int32)
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -128,26 +142,41 @@ class FeatureSet:
 
 
 class Jagged(NamedTuple):
-  """Lists of one batch, one behind the other: list b holds the next `lengths_B[b]` values.
+  """Lists of one batch in N shards of B / N examples, each shard with E / N slots for values.
 
-  The capacity E is at least the sum of the lengths; what lies behind it is MISSING and belongs
-  to no example. E takes few values (see `event_capacity`), so that few programs are compiled.
+  Shard after shard, the lists lie one behind the other at the front of the shard's slots: list b
+  holds the next `lengths_B[b]` values. The slots behind them are MISSING and belong to no example.
+  E / N is the same for all shards and takes few values (see `event_capacity`), so that few
+  programs are compiled.
   """
 
-  values_E: np.ndarray  # int32
+  values_E: np.ndarray  # int32 (E,), or uint32 (E, 2) where the feature set is wide
   lengths_B: np.ndarray  # int32
 
 
 class Batch(NamedTuple):
-  """B examples. Rows with `weight_B` 0 are padding of the last batch of an evaluation."""
+  """B examples. Rows with `weight_B` 0 are padding of the last batch of an evaluation.
+
+  Where the feature set is wide, ids and values have a last axis of two words (`split_words`).
+  """
 
   dense_BF: np.ndarray  # float32, standardised
-  ids_BS: np.ndarray  # int32, a row of the feature's own table
+  ids_BS: np.ndarray  # int32, a row of the feature's own table; or uint32 (B, S, 2)
   label_BT: np.ndarray  # float32, 0 or 1
   weight_B: np.ndarray  # float32, 1 or 0
   group_B: np.ndarray  # int32, the user, or -1 where the data has none
   oracle_BT: np.ndarray  # float32, the true probability where known (simulator), else width 0
   sequences: dict[str, Jagged]
+
+
+def split_words(ids: np.ndarray) -> np.ndarray:
+  """Whole numbers (...) as two uint32 words each (..., 2), id = low + 2^32 high, low word first.
+
+  JAX has 64-bit integers switched off and would cut an int64 to its low word without a word.
+  Raises TypeError for what is no whole number.
+  """
+  ids = np.asarray(ids).astype("<i8", order="C", casting="same_kind", copy=False)
+  return ids.view("<u4").reshape(*ids.shape, 2)
 
 
 def event_capacity(events: int) -> int:

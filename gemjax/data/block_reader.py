@@ -71,7 +71,7 @@ def check_block(columns: Columns, features: FeatureSet, source: str) -> Columns:
   n = len(columns["label"])
   wanted = {
     "dense": (len(features.dense), np.float32),
-    "ids": (len(features.sparse), np.int32),
+    "ids": (len(features.sparse), features.id_dtype),
     "label": (len(features.tasks), columns["label"].dtype),  # The values decide.
   }
   absent = {name: np.zeros((n, 0), dtype) for name, (width, dtype) in wanted.items() if not width}
@@ -102,8 +102,9 @@ def check_block(columns: Columns, features: FeatureSet, source: str) -> Columns:
 
   def check_ids(ids, specs):
     # As unsigned numbers, negative ids are too large as well: one comparison for both ends.
-    sizes = np.array([f.size for f in specs], np.uint32)
-    if (outside := ids.view(np.uint32) >= sizes).any():
+    unsigned = np.dtype(f"u{ids.itemsize}")
+    sizes = np.array([f.size for f in specs], unsigned)
+    if (outside := ids.view(unsigned) >= sizes).any():
       b, s = np.argwhere(outside)[0]
       raise bad(
         f"feature {specs[s].name!r}",
@@ -116,9 +117,9 @@ def check_block(columns: Columns, features: FeatureSet, source: str) -> Columns:
     values, lengths = columns.get(f"{f.name}.values"), columns.get(f"{f.name}.lengths")
     if values is None or lengths is None:
       raise bad(f"sequence {f.name!r}", "its values or lengths are not in the block")
-    if values.dtype != np.int32 or lengths.dtype != np.int32:
-      found = (values.dtype, lengths.dtype)
-      raise bad(f"sequence {f.name!r}", f"values and lengths are {found}, but must be int32")
+    found, law = (values.dtype, lengths.dtype), (features.id_dtype, np.dtype(np.int32))
+    if found != law:
+      raise bad(f"sequence {f.name!r}", f"values and lengths are {found}, but must be {law}")
     if len(lengths) != n or lengths.min(initial=0) < 0 or lengths.sum() != len(values):
       raise bad(
         f"sequence {f.name!r}",

@@ -112,7 +112,7 @@ class Encoder:
           )
       else:  # <name>.missing comes right behind <name>.
         dense_BF[:, f] = missing_B
-    ids_BS = np.zeros((B, len(self.features.sparse)), np.int32)
+    ids_BS = np.zeros((B, len(self.features.sparse)), self.features.id_dtype)
 
     def fill(s: int, feature: Sparse) -> None:
       ids_BS[:, s] = self._rows(feature.table, values.categories(chunk, feature.name, schema))
@@ -130,7 +130,8 @@ class Encoder:
 
   def _rows(self, table: str, texts) -> np.ndarray:
     rows = self._tables[table].rows(texts.fill_null(""))
-    return np.where(texts.is_null().to_numpy(), np.int32(MISSING), rows)
+    rows = rows.astype(self.features.id_dtype, copy=False)  # A table's size decides: none is cut.
+    return np.where(texts.is_null().to_numpy(), rows.dtype.type(MISSING), rows)
 
   def _label(self, chunk: Chunk, name: str) -> np.ndarray:
     x_B = values.numbers(chunk, name, self._schema.missing_values)

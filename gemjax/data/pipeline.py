@@ -6,7 +6,8 @@ permutation drawn from (seed, e, window). Batch t is positions [t B, (t + 1) B) 
 nothing is dropped or repeated at the borders of blocks, windows and epochs, and a batch that spans
 them is as large as any other. The only state is therefore the number of the next batch, and
 process p of P takes rows [p B / P, (p + 1) B / P) of the same batches, however many processes ran
-before. B and the seed must be those of the run that is resumed.
+before. B and the seed must be those of the run that is resumed. The batch is made for a mesh of N
+devices, the shards: shard s is rows [s B / N, (s + 1) B / N), with its events packed by itself.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import numpy as np
 from gemjax.data.block_reader import BlockReader
 from gemjax.data.blocks import Columns
 from gemjax.data.prepared import PreparedData, concatenate, examples, take
-from gemjax.features import Batch, Jagged, event_capacity
+from gemjax.features import MISSING, Batch, Jagged, event_capacity, split_words
 
 # Batches in flight touch the window that ends and the one that begins; the third is slack.
 RECENT_WINDOWS = 3
 
 
 class BatchSizeError(ValueError):
-  """A batch that the data or the processes cannot fill."""
+  """A batch that the data, the processes or the devices cannot share."""
 
 
 def train_batches(
@@ -44,16 +45,20 @@ def train_batches(
   window_blocks: int = 16,
   process_index: int = 0,
   process_count: int = 1,
+  shards: int = 1,
   threads: int = 2,
   prefetch: int = 8,
 ) -> grain.IterDataset[Batch]:
   """The endless shuffled stream of `split`, in batches of exactly `batch_size / process_count`.
 
-  `iter()` of it has `get_state()` and `set_state()`; memory is about 3 windows of
-  `window_blocks` blocks and `prefetch` batches. Raises BatchSizeError where the batch is larger
-  than the split or does not divide by the processes.
+  `shards` counts the devices of all processes together. `iter()` of it has `get_state()` and
+  `set_state()`; memory is about 3 windows of `window_blocks` blocks and `prefetch` batches. Raises
+  BatchSizeError where the batch is larger than the split or does not divide by the shards, or
+  these not by the processes.
   """
-  batches = Batches(data, split, batch_size, seed, window_blocks, process_index, process_count)
+  batches = Batches(
+    data, split, batch_size, seed, window_blocks, process_index, process_count, shards
+  )
   return batches.to_iter_dataset(_read_options(threads, prefetch))
 
 
@@ -64,6 +69,7 @@ def evaluation_batches(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
+  shards: int = 1,
   threads: int = 2,
   prefetch: int = 8,
 ) -> grain.IterDataset[Batch]:
@@ -71,12 +77,15 @@ def evaluation_batches(
 
   All processes get the same number of batches, ceil(examples / batch_size).
   """
-  batches = Batches(data, split, batch_size, None, 1, process_index, process_count)
+  batches = Batches(data, split, batch_size, None, 1, process_index, process_count, shards)
   return batches.to_iter_dataset(_read_options(threads, prefetch))
 
 
 class Batches(grain.MapDataset[Batch]):
-  """Element t is batch t: of the endless shuffled stream, or with `seed` None in file order."""
+  """Element t is batch t: of the endless shuffled stream, or with `seed` None in file order.
+
+  Of its rows this process has those of `shards / process_count` consecutive shards.
+  """
 
   def __init__(
     self,
@@ -87,6 +96,7 @@ class Batches(grain.MapDataset[Batch]):
     window_blocks: int = 16,
     process_index: int = 0,
     process_count: int = 1,
+    shards: int = 1,
   ):
     super().__init__()
     self._reader = BlockReader(data, split)
@@ -97,10 +107,19 @@ class Batches(grain.MapDataset[Batch]):
       raise ValueError(
         f"batch_size and window_blocks must be at least 1, got {batch_size} and {window_blocks}"
       )
-    if batch_size % process_count:
-      raise BatchSizeError(f"batch {batch_size} must divide by {process_count} processes")
     if not 0 <= process_index < process_count:
       raise ValueError(f"process_index {process_index} must be in [0, {process_count})")
+    if shards < 1 or shards % process_count:
+      raise BatchSizeError(
+        f"the {shards} devices of the mesh must divide by {process_count} processes; give each "
+        "process the same number of devices"
+      )
+    if batch_size % shards:
+      field = "batch_size" if seed is not None else "eval_batch_size"
+      raise BatchSizeError(
+        f"batch {batch_size} must divide by the {shards} devices of the mesh; change "
+        f"config.data.{field} or config.mesh"
+      )
     if seed is not None and batch_size > self._examples:
       raise BatchSizeError(
         f"batch {batch_size} is larger than the {self._examples} examples of split {split!r} in "
@@ -108,6 +127,7 @@ class Batches(grain.MapDataset[Batch]):
       )
     self._rows = batch_size // process_count
     self._first_row = process_index * self._rows
+    self._shards = shards // process_count  # Of this process.
     self._epochs = _Recent(self._make_epoch, 2)
     self._windows = _Recent(self._make_window, RECENT_WINDOWS)
 
@@ -165,30 +185,32 @@ class Batches(grain.MapDataset[Batch]):
     return concatenate(parts) if len(parts) > 1 else parts[0]
 
   def _capacities(self, runs: list[tuple[Columns, np.ndarray]]) -> dict[str, int]:
-    """Events to make room for: the same on all processes, since they compile one program."""
+    """Slots a shard: for the shard with the most events of the whole batch, so that the shards of
+    all processes run one program.
+    """
     out = {}
     for f in self._features.sequence:
       lengths_B = np.concatenate([c[f"{f.name}.lengths"][rows] for c, rows in runs])
-      events_P = _pad(lengths_B, self._batch_size).reshape(-1, self._rows).sum(1)
-      out[f.name] = event_capacity(int(events_P.max()))
+      rows = self._rows // self._shards
+      events_N = _pad(lengths_B, self._batch_size).reshape(-1, rows).sum(1)
+      out[f.name] = event_capacity(int(events_N.max()))
     return out
 
   def _batch(self, columns: Columns, capacities: dict[str, int]) -> Batch:
-    rows = self._rows
+    rows, words = self._rows, split_words if self._features.wide else lambda ids: ids
+    sequences = {}
+    for name, capacity in capacities.items():
+      lengths_B = _pad(columns[f"{name}.lengths"], rows)
+      values_E = _pack(columns[f"{name}.values"], lengths_B, self._shards, capacity)
+      sequences[name] = Jagged(values_E=words(values_E), lengths_B=lengths_B)
     return Batch(
       dense_BF=_pad(columns["dense"], rows),
-      ids_BS=_pad(columns["ids"], rows),  # Filled up with 0, which is MISSING.
+      ids_BS=words(_pad(columns["ids"], rows)),  # Filled up with 0, which is MISSING.
       label_BT=_pad(columns["label"].astype(np.float32), rows),
       weight_B=_pad(np.ones(examples(columns), np.float32), rows),
       group_B=_pad(columns["group"], rows, fill=-1),
       oracle_BT=_pad(columns["oracle"], rows),
-      sequences={
-        name: Jagged(
-          values_E=_pad(columns[f"{name}.values"], capacity),
-          lengths_B=_pad(columns[f"{name}.lengths"], rows),
-        )
-        for name, capacity in capacities.items()
-      },
+      sequences=sequences,
     )
 
 
@@ -222,6 +244,15 @@ def _pad(x: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
   out = np.full((rows, *x.shape[1:]), fill, x.dtype)
   out[: len(x)] = x
   return out
+
+
+def _pack(values: np.ndarray, lengths_B: np.ndarray, shards: int, capacity: int) -> np.ndarray:
+  """The values shard after shard, each at the front of its own `capacity` slots."""
+  out = np.full((shards, capacity), MISSING, values.dtype)
+  ends = np.cumsum(lengths_B.reshape(shards, -1).sum(1))
+  for slots, part in zip(out, np.split(values, ends[:-1])):
+    slots[: len(part)] = part
+  return out.reshape(-1)
 
 
 def _read_options(threads: int, prefetch: int) -> grain.ReadOptions:

@@ -132,7 +132,8 @@ class _Split:
         complete(chunk, self._schema.time, np.isnan(key_B), "rows are split by time")
         yield key_B, chunk
       elif rule.by == "random":
-        yield mix((number_B + rule.seed * 2**32).astype(np.uint64)) / 2.0**64, chunk
+        seed = np.uint64(rule.seed * 2**32 % 2**64)
+        yield mix(number_B.astype(np.uint64) + seed) / 2.0**64, chunk
       else:
         yield number_B, chunk
 

@@ -105,7 +105,8 @@ class PreparedWriter:
 
   Columns of `add`, each with one entry an example (n of them): `dense` (n, F) float32, `ids`
   (n, S) int32, `label` (n, T) uint8, and where the data has them `group` (n,) int32, `oracle`
-  (n, T) float32; `<name>.values` and `<name>.lengths` int32 for every sequence feature.
+  (n, T) float32; `<name>.values` and `<name>.lengths` int32 for every sequence feature. Ids and
+  values are int64 where the feature set is wide.
   """
 
   def __init__(self, path: str | os.PathLike, *, block_size: int = BLOCK_SIZE):

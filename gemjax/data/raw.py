@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -99,6 +100,10 @@ class TextFile:
           line += len(frame)
           yield Chunk(frame, rows_B, self.path, "line", raw.tell() - read)
           read = raw.tell()
+    except zlib.error as error:
+      raise RawDataError(
+        f"{self.path} is a corrupt gzip file ({_reason(error)}); fetch or compress it again"
+      ) from error
     except (OSError, EOFError) as error:
       raise RawDataError(f"{self.path} cannot be read: {_reason(error)}") from error
     if line == (1 if self.names else 2):

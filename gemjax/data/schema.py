@@ -42,7 +42,7 @@ import os
 import tomllib
 from typing import Any
 
-from gemjax.features import RESERVED
+from gemjax.features import MAX_ROWS, RESERVED
 
 SPLITS = ("train", "valid", "test")
 _ENCODED = {"encoding", "rows", "min_count", "seed", "table", "missing"}
@@ -113,8 +113,8 @@ class Column:
       raise SchemaError(
         f"a hash needs rows >= {RESERVED + 1} (two are reserved), but rows = {self.rows}"
       )
-    if not 0 <= self.rows < 2**31:
-      raise SchemaError(f"rows must be from 0 to below 2^31, as ids are int32, got {self.rows}")
+    if not 0 <= self.rows <= MAX_ROWS:
+      raise SchemaError(f"rows must be from 0 to 2^40, got {self.rows}")
     if self.encoding == "hash" and self.min_count > 1:
       raise SchemaError(f"a hash counts nothing, but min_count = {self.min_count}; drop it")
     if self.encoding == "vocabulary" and 0 < self.rows <= RESERVED:

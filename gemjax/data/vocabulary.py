@@ -75,36 +75,37 @@ class Vocabulary:
       hash_V = hash_texts(pl.Series(values, dtype=pl.String), self._seed)
     order = np.argsort(hash_V)
     self._hashes = np.append(hash_V[order], ~_U(0))  # A stop behind the last one.
-    self._rows = np.append(order + RESERVED, UNKNOWN).astype(np.int32)
+    kind = np.int32 if self.size <= 2**31 else np.int64
+    self._rows = np.append(order + RESERVED, UNKNOWN).astype(kind)
     bits = max(len(values).bit_length() + 1, 1)
     self._shift = _U(64 - bits)
     parts = np.arange(2**bits, dtype=np.uint64) << self._shift
-    self._starts = np.searchsorted(self._hashes[:-1], parts).astype(np.int32)
+    self._starts = np.searchsorted(self._hashes[:-1], parts).astype(kind)
 
   @property
   def size(self) -> int:
     return len(self.values) + RESERVED
 
   def rows(self, texts: pl.Series) -> np.ndarray:
-    """int32 row of every text (none may be null)."""
+    """Row of every text (none may be null), int32 unless there are more than 2^31."""
     hash_B = hash_texts(texts, self._seed)
     place_B = self._starts[hash_B >> self._shift]
     behind = np.flatnonzero(self._hashes[place_B] < hash_B)
     while len(behind):
       place_B[behind] += 1
       behind = behind[self._hashes[place_B[behind]] < hash_B[behind]]
-    return np.where(self._hashes[place_B] == hash_B, self._rows[place_B], np.int32(UNKNOWN))
+    return np.where(self._hashes[place_B] == hash_B, self._rows[place_B], UNKNOWN)
 
 
 class Hash:
-  """Row 2 + h mod (size - 2), with h = `hash_texts` under the seed."""
+  """int64 row 2 + h mod (size - 2), with h = `hash_texts` under the seed."""
 
   def __init__(self, size: int, seed: int):
     self.size, self.seed = size, seed
 
   def rows(self, texts: pl.Series) -> np.ndarray:
     h_B = hash_texts(texts, self.seed)
-    return (h_B % _U(self.size - RESERVED)).astype(np.int32) + np.int32(RESERVED)
+    return (h_B % _U(self.size - RESERVED)).astype(np.int64) + RESERVED
 
 
 class Counter:

@@ -1,9 +1,10 @@
-"""A stack of tables: lookup, and an update that reads and writes only the looked-up rows.
+"""A stack of tables: reading rows, and an update that reads and writes only the looked-up rows.
 
-Nothing here has a stack's shape but the stack itself: gradients and temporaries follow the M ids
-of the batch. An id of R (one beyond the last row) is padding: it reads zeros and updates nothing.
+What a device holds of it: all rows, its share of the rows, or its share of the columns. Nothing
+here has a stack's shape but the stack itself: gradients and temporaries follow the ids of the
+batch. A row R (one beyond the last) is padding: it reads zeros and updates nothing.
 
-Letters: M ids of a batch (duplicates allowed), R rows, W width.
+Letters: M rows asked for, U different ones, R rows held, W columns held.
 """
 
 from __future__ import annotations
@@ -15,6 +16,23 @@ import jax
 import jax.numpy as jnp
 
 from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS, RowOptimizer, Slots
+
+# Rows born or averaged at a time: temporaries of 2^16 rows, whatever the table.
+CHUNK = 2**16
+
+
+class Held(NamedTuple):
+  """The part of a stack that this device holds: rows [first, first + rows) of `total`, and columns
+  [column, column + width) of `full_width`. `first` and `column` may be traced: they follow from the
+  device's place on the mesh.
+  """
+
+  rows: int
+  total: int
+  share: jax.Array | int  # first = share * rows
+  width: int
+  full_width: int
+  column_share: jax.Array | int  # column = column_share * width
 
 
 class Stack(NamedTuple):
@@ -58,72 +76,122 @@ class StackRule:
       dtype=config.dtype,
     )
 
-  def init(self, key: jax.Array, rows: int, width: int) -> Stack:
-    """Rows from N(0, init_scale^2), slots of zeros."""
-    rows_RW = self.init_scale * jax.random.normal(key, (rows, width))
+  def init(self, key: jax.Array, held: Held) -> Stack:
+    """Rows from N(0, init_scale^2), each from its own number, so that every mesh draws the same;
+    slots of zeros. No temporary is larger than a chunk of rows.
+    """
+    chunk = min(CHUNK, held.rows)
+
+    def fill(i, rows_RW):
+      start = jnp.minimum(i * chunk, held.rows - chunk)
+      keys = _row_keys(key, held, start + jnp.arange(chunk))
+      new_CW = jax.vmap(lambda k: jax.random.normal(k, (held.full_width,)))(keys)
+      new_CW = self.init_scale * _own_columns(new_CW, held)
+      return jax.lax.dynamic_update_slice(rows_RW, new_CW.astype(rows_RW.dtype), (start, 0))
+
+    empty = jnp.zeros((held.rows, held.width), self.dtype)
     return Stack(
-      rows_RW=rows_RW.astype(self.dtype),
-      slots=self.optimizer.init(rows, width),
-      marks_R=jnp.zeros((rows,)) if self.shrinks else None,
+      rows_RW=jax.lax.fori_loop(0, -(-held.rows // chunk), fill, empty),
+      slots=self.optimizer.init(held.rows, held.width),
+      marks_R=jnp.zeros((held.rows,)) if self.shrinks else None,
       clock=jnp.zeros((2,)) if self.shrinks else None,
     )
 
-  def lookup(self, stack: Stack, ids_M: jax.Array) -> jax.Array:
-    """(M, W) float32: the rows as a dense optimiser would have them now; zeros for id R."""
-    read = lambda array: array.at[ids_M].get(mode="fill", fill_value=0)
-    rows_MW = read(stack.rows_RW).astype(jnp.float32)
+  def read(self, stack: Stack, row_M: jax.Array) -> jax.Array:
+    """(M, W): the rows as a dense optimiser would have them now; zeros for row R.
+
+    In the stack's type where they are as stored, float32 where they had to be shrunk.
+    """
+    read = lambda array: array.at[row_M].get(mode="fill", fill_value=0)
+    rows_MW = read(stack.rows_RW)
     if not self.shrinks:
       return rows_MW
     # Slots are read only where the rate depends on them.
     slots = jax.tree.map(read, stack.slots) if self.l2 else {}
     return rows_MW * self._shrunk(slots, stack.clock[0] - read(stack.marks_R))
 
-  def update(
+  def write(
     self,
     stack: Stack,
-    ids_M: jax.Array,
-    grad_MW: jax.Array,
+    row_U: jax.Array,
+    grad_UW: jax.Array,
     learning_rate: jax.Array,
-    key: jax.Array | None = None,
+    key: jax.Array,
+    held: Held,
+    *,
+    tick: bool = True,
   ) -> Stack:
-    """One optimiser step on the rows of `ids_M`: duplicates are summed first, other rows keep
-    their bits.
+    """One optimiser step on different rows in ascending order; other rows keep their bits.
 
     w <- shrunk(w) - delta(g), the shrinking of the steps that the row missed included.
 
     Args:
       stack: Its buffers are overwritten where the caller donates them.
-      ids_M: int32 rows, R for padding.
-      grad_MW: Gradient with respect to each looked-up row.
+      row_U: int32 rows, R for padding, which stands last.
+      grad_UW: The row's gradient, duplicates summed.
       learning_rate: Scalar of this step.
-      key: Randomness of the rounding; needed for bfloat16 rows alone.
+      key: Randomness of the rounding of bfloat16 rows, of this step and stack.
+      held: What of the stack this device holds.
+      tick: Whether the clock moves: once a step, although a step may write in several rounds.
     """
-    unique_M, sum_MW = sum_duplicates(ids_M, grad_MW, len(stack.rows_RW))
-    gather = lambda array: array.at[unique_M].get(
+    gather = lambda array: array.at[row_U].get(
       mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
     )
     arrays = (stack.rows_RW, stack.slots, stack.marks_R)
-    rows_MW, slots, marks_M = jax.tree.map(gather, arrays)
-    scatter = lambda array, new: array.at[unique_M].set(
+    rows_UW, slots, marks_U = jax.tree.map(gather, arrays)
+    scatter = lambda array, new: array.at[row_U].set(
       new.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
     )
-    rows_MW = rows_MW.astype(jnp.float32)
-    delta_MW, new_slots = self.optimizer.step(sum_MW, slots, learning_rate)
-    clock, new_marks_M = stack.clock, None
+    rows_UW = rows_UW.astype(jnp.float32)
+    delta_UW, new_slots = self.optimizer.step(grad_UW, slots, learning_rate)
+    clock, new_marks_U = stack.clock, None
     if self.shrinks:
-      tick = learning_rate if self.l2 else -jnp.log1p(-learning_rate * self.decay)
-      clock = _add(clock, tick)
-      rows_MW *= self._shrunk(slots, clock[0] - marks_M)
+      clock = self._ticked(clock, learning_rate) if tick else clock
+      rows_UW *= self._shrunk(slots, clock[0] - marks_U)
       # This is C_t, which only grows, for every row with a finite gradient. Written so that marks
       # are seen to be read, by the forward pass behind the gradient and above, before they are
       # written: without an order XLA copies all R of them to keep the old values.
-      grown_M = jnp.maximum(clock[0], marks_M)
-      new_marks_M = jnp.where(jnp.isfinite(sum_MW[:, 0]), grown_M, marks_M)
-    new_MW = rows_MW - delta_MW
-    if stack.rows_RW.dtype == jnp.bfloat16:
-      new_MW = round_stochastically(new_MW, key)
-    rows_RW, slots, marks_R = jax.tree.map(scatter, arrays, (new_MW, new_slots, new_marks_M))
+      grown_U = jnp.maximum(clock[0], marks_U)
+      new_marks_U = jnp.where(jnp.isfinite(grad_UW[:, 0]), grown_U, marks_U)
+    new_UW = self._rounded(rows_UW - delta_UW, key, held, row_U)
+    rows_RW, slots, marks_R = jax.tree.map(scatter, arrays, (new_UW, new_slots, new_marks_U))
     return Stack(rows_RW, slots, marks_R, clock)
+
+  def average(self, stack: Stack, axis: str, key: jax.Array, held: Held) -> Stack:
+    """Rows and slots become the mean over the devices of `axis`, the shrinking that is due applied
+    first; a chunk of rows at a time, in place.
+    """
+    chunk = min(CHUNK, held.rows)
+
+    def mean(i, stack):
+      start = jnp.minimum(i * chunk, held.rows - chunk)
+      # The last chunk reaches back into the one before it: a mean of equal rows is the row.
+      arrays = (stack.rows_RW, stack.slots, stack.marks_R)
+      cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, chunk)
+      rows_CW, slots, marks_C = jax.tree.map(cut, arrays)
+      new_CW = rows_CW.astype(jnp.float32)
+      if self.shrinks:
+        new_CW *= self._shrunk(slots, stack.clock[0] - marks_C)
+        marks_C = jnp.full_like(marks_C, stack.clock[0])
+      new_CW, slots = jax.lax.pmean((new_CW, slots), axis)
+      new_CW = self._rounded(new_CW, key, held, start + jnp.arange(chunk))
+      put = lambda array, new: jax.lax.dynamic_update_slice_in_dim(
+        array, new.astype(array.dtype), start, 0
+      )
+      return Stack(*jax.tree.map(put, arrays, (new_CW, slots, marks_C)), stack.clock)
+
+    return jax.lax.fori_loop(0, -(-held.rows // chunk), mean, stack)
+
+  def _rounded(self, x_UW: jax.Array, key: jax.Array, held: Held, row_U: jax.Array) -> jax.Array:
+    """`x` as the stack stores it."""
+    if self.dtype != "bfloat16":
+      return x_UW
+    keys = _row_keys(key, held, row_U)
+    noise_UW = jax.vmap(lambda k: jax.random.bits(k, (held.full_width,), jnp.uint16))(keys)
+    return round_stochastically(x_UW, _own_columns(noise_UW, held))
+
+  def _ticked(self, clock: jax.Array, learning_rate: jax.Array) -> jax.Array:
+    return _add(clock, learning_rate if self.l2 else -jnp.log1p(-learning_rate * self.decay))
 
   @property
   def shrinks(self) -> bool:
@@ -135,44 +203,32 @@ class StackRule:
     return jnp.exp(-rate * missed_M[:, None])
 
 
-def sum_duplicates(
-  ids_M: jax.Array, grad_MW: jax.Array, padding: int
-) -> tuple[jax.Array, jax.Array]:
-  """Unique ids in ascending order with the sum of their gradients; the tail holds `padding`.
-
-  Sorted first, so that equal ids are summed one after the other, in the order of the batch: no
-  contended atomic add on a GPU, and the same bits in every run.
-  """
-  count = len(ids_M)
-  # One 64-bit key of (id, position): XLA sorts plain keys five times as fast as pairs on a CPU.
-  with jax.enable_x64(True):
-    key_M = (ids_M.astype(jnp.uint64) << 32) | jnp.arange(count, dtype=jnp.uint64)
-    key_M = jax.lax.sort(key_M)
-    sorted_M, order_M = (key_M >> 32).astype(ids_M.dtype), key_M.astype(jnp.uint32)
-  order_M = order_M.astype(jnp.int32)
-  first_M = jnp.concatenate([jnp.ones((1,), bool), sorted_M[1:] != sorted_M[:-1]])
-  segment_M = jnp.cumsum(first_M.astype(jnp.int32)) - 1
-  sum_MW = jax.ops.segment_sum(
-    grad_MW.at[order_M].get(mode="promise_in_bounds", unique_indices=True),
-    segment_M,
-    count,
-    indices_are_sorted=True,
-    mode="promise_in_bounds",
-  )
-  unique_M = jnp.full((count,), padding, ids_M.dtype)
-  unique_M = unique_M.at[segment_M].set(sorted_M, indices_are_sorted=True)
-  return unique_M, sum_MW
-
-
-def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+def round_stochastically(x: jax.Array, noise: jax.Array) -> jax.Array:
   """bfloat16 by adding 16 random bits below the kept ones and cutting: E[result] = x.
 
-  Non-finite values pass unchanged.
+  Non-finite values pass unchanged. `noise` is uint16 of the shape of `x`.
   """
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-  cut = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+  cut_bits = (bits + noise.astype(jnp.uint32)) & jnp.uint32(0xFFFF0000)
+  cut = jax.lax.bitcast_convert_type(cut_bits, jnp.float32)
   return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
+
+
+def _row_keys(key: jax.Array, held: Held, row_N: jax.Array) -> jax.Array:
+  """A key a row, of its number in the whole stack, which may pass 2^32."""
+  with jax.enable_x64(True):
+    number_N = jnp.uint64(held.share) * held.rows + row_N.astype(jnp.uint64)
+    low_N, high_N = number_N.astype(jnp.uint32), (number_N >> 32).astype(jnp.uint32)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, low_N)
+  if held.total <= 2**32:
+    return keys
+  return jax.vmap(jax.random.fold_in)(keys, high_N)
+
+
+def _own_columns(x_NW: jax.Array, held: Held) -> jax.Array:
+  if held.width == held.full_width:
+    return x_NW
+  return jax.lax.dynamic_slice_in_dim(x_NW, held.column_share * held.width, held.width, 1)
 
 
 def _add(sum_2: jax.Array, term: jax.Array) -> jax.Array:

@@ -1,23 +1,65 @@
-"""Which row of which stack a feature reads: tables of equal width are stacked into one.
+"""Which row of which stack a feature reads, and where the stack lies on the mesh.
 
-One stack is one gather and one scatter a step, however many tables lie in it.
+Tables of equal width and placement are stacked into one: one sort, one gather and one scatter a
+step, however many tables lie in it. Nothing here depends on the mesh, so that a checkpoint fits
+every mesh.
+
 Letters: B examples, S sparse features, E events, R rows of a stack, W width of a stack.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from gemjax import config as config_lib
 from gemjax.features import FeatureSet
 
+# Rows of a stack that is split by row are padded to a multiple of this, so that they divide by
+# every `model` axis of 2^k or 3 * 2^k devices up to it.
+ROW_MULTIPLE = 768
+# A position times the multiplier below 2^30 must stay below 2^64.
+MAX_ROWS = 2**34
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StackLayout:
+  """One stack. `placement` says what a device of the `model` axis holds of it:
+
+  row         the rows whose positions lie in its equal, contiguous share; see `multiplier`
+  column      an equal share of the columns of every row
+  replicated  everything
+  """
+
+  name: str  # As "row64": placement and width.
+  width: int
+  rows: int  # Padding included.
+  placement: str
+  small: bool
+
+  @property
+  def multiplier(self) -> int:
+    """a of the permutation that spreads a split stack's rows: position = a * row mod rows.
+
+    Popular rows are neighbours (a vocabulary is sorted by frequency, every table begins with
+    MISSING and UNKNOWN); the golden section puts any run of neighbours evenly over the range
+    (Knuth, The Art of Computer Programming 3, section 6.4). Coprime to `rows`, thus one to one.
+    """
+    if self.placement != "row":
+      return 1
+    a = int(0.6180339887498949 * min(self.rows, 2**30))
+    while math.gcd(a, self.rows) > 1:
+      a += 1
+    return a
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Placed:
-  """A feature and where its rows are: `width` names the stack, row i is `offset + i` in it."""
+  """A feature and where its rows are: row i of its table is row `offset + i` of `stack`."""
 
   feature: str
-  width: int
+  table: str
+  stack: str
   offset: int
   units: int  # Units of width d that one row holds; 0 for a small table.
   column: int  # Its column of ids_BS; -1 for a sequence feature.
@@ -29,12 +71,18 @@ class Placed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TableLayout:
-  """Static and hashable: the stacks' rows by width, and every feature's place."""
+  """Static and hashable: the stacks, and every feature's place."""
 
   dim: int
-  rows: tuple[tuple[int, int], ...]  # (width, rows) of every stack
+  stacks: tuple[StackLayout, ...]
   sparse: tuple[Placed, ...]
   sequence: tuple[Placed, ...]
+  reasons: tuple[str, ...]  # Why tables lie where they lie, a line a placement, for people.
+
+  def positions(self, table: str) -> tuple[StackLayout, int]:
+    """(stack, offset): row i of `table` lies at `(offset + i) * multiplier mod rows` of it."""
+    place = next(p for p in (*self.sparse, *self.sequence) if p.table == table)
+    return next(s for s in self.stacks if s.name == place.stack), place.offset
 
 
 def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLayout:
@@ -44,11 +92,52 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
   do all features of its table. A table of fewer than `config.small_rows` rows that has neither
   named units nor a sequence is small: stored `config.small_dim` wide.
 
+  A table goes where `config.placement` says, else by its size: replicated with at most
+  `config.replicated_rows` rows (a batch touches most of them, and combining so few rows among all
+  devices costs less than asking an owner for them); by column from `config.column_width` on (few
+  rows of such width would load their owners unevenly); else by row.
+
   Raises:
-    ConfigError: `embedding.units` names no feature, or features of one table ask for different
-      units, or a stack passes 2^31 rows.
+    ConfigError: `units` or `placement` names what is not there, features of one table ask for
+      different units, or a stack passes 2^34 rows.
   """
   specs = (*features.sparse, *features.sequence)
+  units = _units(specs, config)
+  for name in config.placement:
+    if name not in features.tables:
+      raise config_lib.ConfigError(
+        f"config.embedding.placement names {name!r}, but the tables are {list(features.tables)}"
+      )
+  wide = {*units, *(s.table for s in features.sequence)}
+  rows: dict[tuple[str, int, bool], int] = {}  # (placement, width, small) -> rows so far
+  tables: dict[str, tuple[tuple[str, int, bool], int, int]] = {}  # Table -> (stack, offset, units)
+  for table, size in features.tables.items():
+    small = size < config.small_rows and table not in wide
+    count = 0 if small else units.get(table, 1)
+    width = config.small_dim if small else count * config.dim
+    stack = (config.placement.get(table) or _placement(size, width, config), width, small)
+    tables[table] = (stack, rows.get(stack, 0), count)
+    rows[stack] = rows.get(stack, 0) + size
+  stacks = {key: _stack(*key, size) for key, size in rows.items()}
+
+  def place(spec, column: int) -> Placed:
+    stack, offset, count = tables[spec.table]
+    name = stacks[stack].name
+    return Placed(
+      feature=spec.name, table=spec.table, stack=name, offset=offset, units=count, column=column
+    )
+
+  return TableLayout(
+    dim=config.dim,
+    stacks=tuple(stacks.values()),
+    sparse=tuple(place(s, column) for column, s in enumerate(features.sparse)),
+    sequence=tuple(place(s, -1) for s in features.sequence),
+    reasons=tuple(_reasons({t: stack[0] for t, (stack, _, _) in tables.items()}, config)),
+  )
+
+
+def _units(specs, config: config_lib.Embedding) -> dict[str, int]:
+  """Table -> units, where `config.units` names one of its features."""
   named: dict[str, tuple[str, int]] = {}  # Table -> who named its units, and how many.
   for name, units in config.units.items():
     spec = next((s for s in specs if s.name == name), None)
@@ -62,35 +151,36 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
         f"config.embedding.units gives {other!r} {before} units and {name!r} {units}, "
         f"but they share table {spec.table!r}"
       )
-  wide = {*named, *(s.table for s in features.sequence)}
-  rows: dict[int, int] = {}
-  tables: dict[str, tuple[int, int, int]] = {}  # Table -> (width, offset, units)
-  for spec in specs:
-    if spec.table not in tables:
-      small = spec.size < config.small_rows and spec.table not in wide
-      units = 0 if small else named.get(spec.table, ("", 1))[1]
-      width = config.small_dim if small else units * config.dim
-      tables[spec.table] = (width, rows.get(width, 0), units)
-      rows[width] = rows.get(width, 0) + spec.size
-  kinds = {(width, units > 0) for width, _, units in tables.values()}
-  if {(config.small_dim, True), (config.small_dim, False)} <= kinds:
+  return {table: units for table, (_, units) in named.items()}
+
+
+def _placement(size: int, width: int, config: config_lib.Embedding) -> str:
+  if size <= config.replicated_rows:
+    return "replicated"
+  return "column" if width >= config.column_width else "row"
+
+
+def _stack(placement: str, width: int, small: bool, size: int) -> StackLayout:
+  multiple = ROW_MULTIPLE if placement == "row" else 1
+  rows = -(-size // multiple) * multiple
+  if rows > (MAX_ROWS if placement == "row" else 2**31 - 1):
     raise config_lib.ConfigError(
-      f"config.embedding.small_dim is {config.small_dim}, which is also the width of a table that "
-      "is not small; choose another, or config.embedding.small_rows = 0"
+      f"the {placement} stack of width {width} would have {rows:,} rows; split by row it may have "
+      f"2^34, otherwise fewer than 2^31 (config.embedding.placement)"
     )
-  for width, size in rows.items():
-    if size >= 2**31:
-      raise config_lib.ConfigError(
-        f"the stack of width {width} would have {size} rows, but a row number must stay below 2^31"
-      )
+  name = f"{placement}{width}" + ("_small" if small else "")
+  return StackLayout(name=name, width=width, rows=rows, placement=placement, small=small)
 
-  def place(spec, column: int) -> Placed:
-    width, offset, units = tables[spec.table]
-    return Placed(feature=spec.name, width=width, offset=offset, units=units, column=column)
 
-  return TableLayout(
-    dim=config.dim,
-    rows=tuple(rows.items()),
-    sparse=tuple(place(s, column) for column, s in enumerate(features.sparse)),
-    sequence=tuple(place(s, -1) for s in features.sequence),
-  )
+def _reasons(placements: dict[str, str], config: config_lib.Embedding):
+  because = {
+    "replicated": f"at most {config.replicated_rows:,} rows",
+    "row": f"more than {config.replicated_rows:,} rows",
+    "column": f"at least {config.column_width:,} wide",
+  }
+  for placement, reason in because.items():
+    tables = [t for t, p in placements.items() if p == placement]
+    named = [t for t in tables if t in config.placement]
+    if tables:
+      wished = f", {len(named)} by config.embedding.placement" if named else ""
+      yield f"{len(tables)} tables {placement} ({reason}{wished})"
