@@ -111,8 +111,8 @@ class Batches(grain.MapDataset[Batch]):
       raise ValueError(f"process_index {process_index} must be in [0, {process_count})")
     if shards < 1 or shards % process_count:
       raise BatchSizeError(
-        f"the {shards} devices of the mesh must divide by {process_count} processes; give each "
-        "process the same number of devices"
+        f"{shards} shards (devices of the mesh) must be a multiple of {process_count} processes; "
+        "give each process the same number of devices"
       )
     if batch_size % shards:
       field = "batch_size" if seed is not None else "eval_batch_size"

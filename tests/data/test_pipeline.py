@@ -218,7 +218,15 @@ def join(parts):
 def test_processes_share_out_the_same_batches(data, processes):
   whole = stream(data, 25, batch_size=128, window_blocks=2)
   shared = [
-    stream(data, 25, batch_size=128, window_blocks=2, process_index=p, process_count=processes)
+    stream(
+      data,
+      25,
+      batch_size=128,
+      window_blocks=2,
+      process_index=p,
+      process_count=processes,
+      shards=processes,
+    )
     for p in range(processes)
   ]
   for expected, *parts in zip(whole, *shared):
@@ -233,7 +241,9 @@ def test_processes_share_out_the_same_batches(data, processes):
 
 def test_processes_evaluate_equally_often(data):
   parts = [
-    list(evaluation_batches(data, "train", batch_size=300, process_index=p, process_count=4))
+    list(
+      evaluation_batches(data, "train", batch_size=300, process_index=p, process_count=4, shards=4)
+    )
     for p in range(4)
   ]
   assert [len(p) for p in parts] == [4] * 4
@@ -487,11 +497,17 @@ def test_an_error_reaches_the_trainer_and_nobody_waits_for_ever(tmp_path, thread
 def test_batch_sizes_that_cannot_be(data):
   with pytest.raises(BatchSizeError, match=r"batch 1001 is larger than the 1000 examples"):
     train_batches(data, batch_size=1001, seed=0)
-  with pytest.raises(BatchSizeError, match="batch 100 must divide by 3 processes"):
-    train_batches(data, batch_size=100, seed=0, process_count=3)
+  law = "batch 100 must divide by the 3 devices of the mesh; change config.data.{} or config.mesh"
+  with pytest.raises(BatchSizeError, match=law.format("batch_size")):
+    train_batches(data, batch_size=100, seed=0, process_count=3, shards=3)
+  with pytest.raises(BatchSizeError, match=law.format("eval_batch_size")):
+    evaluation_batches(data, "train", batch_size=100, shards=3)
+  for shards in (0, -2, 1, 3):
+    with pytest.raises(BatchSizeError, match=f"{shards} shards .* multiple of 2 processes; give"):
+      train_batches(data, batch_size=100, seed=0, process_count=2, shards=shards)
   with pytest.raises(ValueError, match="at least 1, got 0"):
     train_batches(data, batch_size=0, seed=0)
   with pytest.raises(ValueError, match=r"process_index 2 must be in \[0, 2\)"):
-    train_batches(data, batch_size=100, seed=0, process_index=2, process_count=2)
+    train_batches(data, batch_size=100, seed=0, process_index=2, process_count=2, shards=2)
   with pytest.raises(PreparedDataError, match="no split 'nope', only"):
     evaluation_batches(data, "nope", batch_size=10)

@@ -180,6 +180,15 @@ def test_truncated_gzip(tmp_path):
   assert "in.csv.gz cannot be read" in fails(tmp_path, b"no gzip at all", name="in.csv.gz")
 
 
+def test_gzip_corrupt_in_the_middle(tmp_path):
+  import gzip
+
+  data = bytearray(gzip.compress(os.urandom(1000).hex().encode()))
+  data[20:60] = b"\xff" * 40  # An invalid block type, or a code that nothing has.
+  sentence = fails(tmp_path, bytes(data), name="in.csv.gz")
+  assert "in.csv.gz is a corrupt gzip file" in sentence and "again" in sentence
+
+
 SCHEMAS = {
   "no label": (
     SCHEMA.replace('"label"', '"sparse"'),
@@ -198,7 +207,10 @@ SCHEMAS = {
   "no room": (SCHEMA + "rows = 2\n", ["column 'c'", "rows = 2", "no room"]),
   "useless seed": (SCHEMA + "seed = 2\n", ["column 'c'", "seed = 2"]),
   "rows in words": (SCHEMA + 'rows = "many"\n', ["column 'c'", "rows", "whole number", "'many'"]),
-  "rows over int32": (SCHEMA + "rows = 2147483648\n", ["column 'c'", "rows", "2^31", "2147483648"]),
+  "rows over 2^40": (
+    SCHEMA + f"rows = {2**40 + 1}\n",
+    ["column 'c'", "rows", "2^40", "1099511627777"],
+  ),
   "threshold": (SCHEMA.replace('"label"', '"label"\nthreshold = nan'), ["'y'", "finite", "nan"]),
   "min_count 0": (SCHEMA + "min_count = 0\n", ["column 'c'", "min_count", "at least 1"]),
   "shared sizes": (
