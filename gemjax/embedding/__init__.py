@@ -1,15 +1,7 @@
-"""Embedding tables whose cost follows the looked-up rows."""
+"""Embedding tables on a mesh, whose cost follows the looked-up rows."""
 
-from gemjax.embedding.lookup import assemble, mean_pool, stack_ids
-from gemjax.embedding.stack import Stack, StackRule
+from gemjax.embedding.lookup import assemble
+from gemjax.embedding.sharded import Plans, ShardedTables, Stacks
 from gemjax.embedding.tables import TableLayout, layout_tables
 
-__all__ = [
-  "Stack",
-  "StackRule",
-  "TableLayout",
-  "assemble",
-  "layout_tables",
-  "mean_pool",
-  "stack_ids",
-]
+__all__ = ["Plans", "ShardedTables", "Stacks", "TableLayout", "assemble", "layout_tables"]

@@ -1,7 +1,8 @@
-"""From a batch to ids of the stacks, and from looked-up rows to the units a model reads.
+"""From a batch to positions in the stacks, and from looked-up rows to the units a model reads.
 
 Between the two lies the lookup; the gradient is taken with respect to the rows, never to a table.
-Letters: B examples, M ids of a stack, W width of a stack, N units, D width of a unit, E events.
+Letters: B examples, S sparse features, E events, M look-ups of a stack, W its width, N units, D
+width of a unit.
 """
 
 from __future__ import annotations
@@ -10,28 +11,43 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from gemjax.embedding.tables import TableLayout
+from gemjax.embedding.tables import StackLayout, TableLayout
 from gemjax.features import Batch, Jagged
 
-Rows = dict[int, jax.Array]  # Stack width -> (M, W)
+Rows = dict[str, jax.Array]  # Stack name -> (M, W)
 
 
-def stack_ids(layout: TableLayout, batch: Batch) -> dict[int, jax.Array]:
-  """Width -> (M,) int32 rows of that stack: sparse features first, example by example, then the
-  events of each sequence feature; padding reads row R, one beyond the last.
+def positions(layout: TableLayout, batch: Batch) -> dict[str, jax.Array]:
+  """Stack name -> (M,) uint64 positions: sparse features first, example by example, then the
+  events of each sequence feature. Padding stands at `rows`, one beyond the last.
   """
-  ids = {}
-  for width, rows in layout.rows:
-    sparse = [p for p in layout.sparse if p.width == width]
-    columns = jnp.array([p.column for p in sparse], jnp.int32)
-    offsets_S = jnp.array([p.offset for p in sparse], jnp.int32)
-    parts = [(batch.ids_BS[:, columns] + offsets_S).reshape(-1)]
-    for place in (p for p in layout.sequence if p.width == width):
-      jagged = batch.sequences[place.feature]
-      used_E = jnp.arange(len(jagged.values_E)) < jnp.sum(jagged.lengths_B)
-      parts.append(jnp.where(used_E, jagged.values_E + place.offset, rows))
-    ids[width] = jnp.concatenate(parts)
-  return ids
+  out = {}
+  with jax.enable_x64(True):  # A stack may have more than 2^32 rows.
+    for stack in layout.stacks:
+      sparse = [p for p in layout.sparse if p.stack == stack.name]
+      columns = jnp.array([p.column for p in sparse], jnp.int32)
+      offset_S = jnp.array([p.offset for p in sparse], jnp.uint64)
+      parts = [_permuted(_row(batch.ids_BS[:, columns]) + offset_S, stack).reshape(-1)]
+      for place in (p for p in layout.sequence if p.stack == stack.name):
+        jagged = batch.sequences[place.feature]
+        used_E = jnp.arange(len(jagged.values_E)) < jnp.sum(jagged.lengths_B)
+        position_E = _permuted(_row(jagged.values_E) + jnp.uint64(place.offset), stack)
+        parts.append(jnp.where(used_E, position_E, jnp.uint64(stack.rows)))
+      out[stack.name] = jnp.concatenate(parts)
+  return out
+
+
+def _row(ids: jax.Array) -> jax.Array:
+  """uint64 rows of the feature's own table; ids are int32, or pairs of words, the low one first."""
+  if ids.dtype == jnp.int32:
+    return ids.astype(jnp.uint64)
+  return ids[..., 0].astype(jnp.uint64) | (ids[..., 1].astype(jnp.uint64) << 32)
+
+
+def _permuted(row: jax.Array, stack: StackLayout) -> jax.Array:
+  if stack.multiplier == 1:
+    return row
+  return row * jnp.uint64(stack.multiplier) % jnp.uint64(stack.rows)
 
 
 def assemble(layout: TableLayout, rows: Rows, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -42,15 +58,15 @@ def assemble(layout: TableLayout, rows: Rows, batch: Batch) -> tuple[jax.Array, 
   """
   batch_size = len(batch.weight_B)
   units, small = [], []
-  for width, rows_MW in rows.items():
-    sparse = [p for p in layout.sparse if p.width == width]
-    end = batch_size * len(sparse)
+  for stack in layout.stacks:
+    sparse = [p for p in layout.sparse if p.stack == stack.name]
+    rows_MW, end = rows[stack.name], batch_size * len(sparse)
     looked_BSW = rearrange(rows_MW[:end], "(b s) w -> b s w", b=batch_size)
-    if sparse and sparse[0].small:
+    if stack.small:
       small.append(looked_BSW)
       continue
     units.append(rearrange(looked_BSW, "b s (u d) -> b (s u) d", d=layout.dim))
-    for place in (p for p in layout.sequence if p.width == width):
+    for place in (p for p in layout.sequence if p.stack == stack.name):
       jagged = batch.sequences[place.feature]
       start, end = end, end + len(jagged.values_E)
       pooled_BW = mean_pool(rows_MW[start:end], jagged)

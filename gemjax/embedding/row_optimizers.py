@@ -1,7 +1,8 @@
 """Optimisers of table rows: each sees only the rows that a batch looked up.
 
 All take the gradient after the duplicates of a batch were summed, in float32, and return the step
-to subtract. Letters: M looked-up rows, R rows of the stack, W width.
+to subtract. `accumulated` is c, by how much a sum of squares grows too fast (see `average` in
+gemjax/embedding/sharded.py); 1 but there. Letters: M looked-up rows, R rows of the stack, W width.
 """
 
 from __future__ import annotations
@@ -29,39 +30,51 @@ class RowOptimizer:
   scale: Callable[[Slots], jax.Array]
 
 
-def rowwise_adagrad(eps: float = 1e-8) -> RowOptimizer:
-  """AdaGrad with one accumulator a row: v += mean_w(g^2); delta = lr g / (sqrt(v) + eps).
+def rowwise_adagrad(
+  eps: float = 1e-8, accumulated: int = 1, axis: str | None = None
+) -> RowOptimizer:
+  """AdaGrad with one accumulator a row: v += mean_w(g^2); delta = lr g / (sqrt(v / c) + eps).
+
+  Where `axis` is given, a device of it holds an equal share of the row's W columns.
 
   Source: FBGEMM's EXACT_ROWWISE_ADAGRAD; the optimiser of the Wukong paper (section 4).
   """
 
   def step(grad_MW, slots, lr):
-    v_M = slots["v"] + jnp.mean(jnp.square(grad_MW), axis=1)
-    return lr * grad_MW / (jnp.sqrt(v_M)[:, None] + eps), {"v": v_M}
+    square_M = jnp.mean(jnp.square(grad_MW), axis=1)
+    v_M = slots["v"] + (jax.lax.pmean(square_M, axis) if axis else square_M)
+    return lr * grad_MW * scale({"v": v_M}), {"v": v_M}
 
-  scale = lambda slots: 1 / (jnp.sqrt(slots["v"])[:, None] + eps)
+  scale = lambda slots: 1 / (jnp.sqrt(slots["v"] / accumulated)[:, None] + eps)
   return RowOptimizer(lambda rows, width: {"v": jnp.zeros((rows,))}, step, scale)
 
 
-def adagrad(eps: float = 1e-8) -> RowOptimizer:
-  """AdaGrad (Duchi et al. 2011): v += g^2; delta = lr g / (sqrt(v) + eps), one v a weight."""
+def adagrad(eps: float = 1e-8, accumulated: int = 1, axis: str | None = None) -> RowOptimizer:
+  """AdaGrad (Duchi et al. 2011): v += g^2; delta = lr g / (sqrt(v / c) + eps), one v a weight."""
+  del axis  # Columns do not meet.
 
   def step(grad_MW, slots, lr):
     v_MW = slots["v"] + jnp.square(grad_MW)
-    return lr * grad_MW / (jnp.sqrt(v_MW) + eps), {"v": v_MW}
+    return lr * grad_MW * scale({"v": v_MW}), {"v": v_MW}
 
-  scale = lambda slots: 1 / (jnp.sqrt(slots["v"]) + eps)
+  scale = lambda slots: 1 / (jnp.sqrt(slots["v"] / accumulated) + eps)
   return RowOptimizer(lambda rows, width: {"v": jnp.zeros((rows, width))}, step, scale)
 
 
-def sgd(eps: float = 0.0) -> RowOptimizer:
-  """delta = lr g; `eps` is unused."""
-  del eps
+def sgd(eps: float = 0.0, accumulated: int = 1, axis: str | None = None) -> RowOptimizer:
+  """delta = lr g; nothing is accumulated."""
+  del eps, accumulated, axis
   step = lambda grad_MW, slots, lr: (lr * grad_MW, {})
   return RowOptimizer(lambda rows, width: {}, step, lambda slots: jnp.ones(()))
 
 
-def lazy_adam(eps: float = 1e-8, b1: float = 0.9, b2: float = 0.999) -> RowOptimizer:
+def lazy_adam(
+  eps: float = 1e-8,
+  accumulated: int = 1,
+  axis: str | None = None,
+  b1: float = 0.9,
+  b2: float = 0.999,
+) -> RowOptimizer:
   """Adam whose moments move only where a row was looked up.
 
   m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, n += 1,
@@ -70,6 +83,7 @@ def lazy_adam(eps: float = 1e-8, b1: float = 0.9, b2: float = 0.999) -> RowOptim
   with n the row's own number of look-ups, so that a rare row's first step is as long as a frequent
   one's (a global n would leave its moments biased towards zero: tensorflow#23668).
   """
+  del accumulated, axis  # v is a mean and not a sum, and columns do not meet.
 
   def init(rows, width):
     moments = {name: jnp.zeros((rows, width)) for name in ("m", "v")}

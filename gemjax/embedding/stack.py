@@ -15,24 +15,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS, RowOptimizer, Slots
+from gemjax.embedding.row_optimizers import RowOptimizer, Slots
 
 # Rows born or averaged at a time: temporaries of 2^16 rows, whatever the table.
 CHUNK = 2**16
 
 
 class Held(NamedTuple):
-  """The part of a stack that this device holds: rows [first, first + rows) of `total`, and columns
-  [column, column + width) of `full_width`. `first` and `column` may be traced: they follow from the
-  device's place on the mesh.
+  """The part of a stack that this device holds: `rows` rows from `share * rows` on, and `width`
+  columns from `column_share * width` on. The shares are the device's place on the mesh, traced.
   """
 
   rows: int
-  total: int
-  share: jax.Array | int  # first = share * rows
+  all_rows: int
+  share: jax.Array | int
   width: int
-  full_width: int
-  column_share: jax.Array | int  # column = column_share * width
+  all_columns: int
+  column_share: jax.Array | int
+
+  @classmethod
+  def whole(cls, rows: int, width: int) -> Held:
+    """All of a stack."""
+    return cls(rows, rows, 0, width, width, 0)
 
 
 class Stack(NamedTuple):
@@ -66,10 +70,10 @@ class StackRule:
   dtype: str = "float32"
 
   @classmethod
-  def from_config(cls, config) -> StackRule:
+  def from_config(cls, config, optimizer: RowOptimizer) -> StackRule:
     """The rule of a `gemjax.config.Embedding`."""
     return cls(
-      optimizer=ROW_OPTIMIZERS[config.optimizer](config.eps),
+      optimizer=optimizer,
       decay=config.weight_decay,
       l2=config.l2,
       init_scale=config.init_scale,
@@ -85,7 +89,7 @@ class StackRule:
     def fill(i, rows_RW):
       start = jnp.minimum(i * chunk, held.rows - chunk)
       keys = _row_keys(key, held, start + jnp.arange(chunk))
-      new_CW = jax.vmap(lambda k: jax.random.normal(k, (held.full_width,)))(keys)
+      new_CW = jax.vmap(lambda k: jax.random.normal(k, (held.all_columns,)))(keys)
       new_CW = self.init_scale * _own_columns(new_CW, held)
       return jax.lax.dynamic_update_slice(rows_RW, new_CW.astype(rows_RW.dtype), (start, 0))
 
@@ -187,7 +191,7 @@ class StackRule:
     if self.dtype != "bfloat16":
       return x_UW
     keys = _row_keys(key, held, row_U)
-    noise_UW = jax.vmap(lambda k: jax.random.bits(k, (held.full_width,), jnp.uint16))(keys)
+    noise_UW = jax.vmap(lambda k: jax.random.bits(k, (held.all_columns,), jnp.uint16))(keys)
     return round_stochastically(x_UW, _own_columns(noise_UW, held))
 
   def _ticked(self, clock: jax.Array, learning_rate: jax.Array) -> jax.Array:
@@ -220,13 +224,13 @@ def _row_keys(key: jax.Array, held: Held, row_N: jax.Array) -> jax.Array:
     number_N = jnp.uint64(held.share) * held.rows + row_N.astype(jnp.uint64)
     low_N, high_N = number_N.astype(jnp.uint32), (number_N >> 32).astype(jnp.uint32)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, low_N)
-  if held.total <= 2**32:
+  if held.all_rows <= 2**32:
     return keys
   return jax.vmap(jax.random.fold_in)(keys, high_N)
 
 
 def _own_columns(x_NW: jax.Array, held: Held) -> jax.Array:
-  if held.width == held.full_width:
+  if held.width == held.all_columns:
     return x_NW
   return jax.lax.dynamic_slice_in_dim(x_NW, held.column_share * held.width, held.width, 1)
 

@@ -136,6 +136,28 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
   )
 
 
+def check_mesh(layout: TableLayout, model: int) -> None:
+  """Raises ConfigError where a stack cannot be split over `model` devices."""
+  for stack in layout.stacks:
+    if stack.placement == "column" and stack.width % model:
+      raise config_lib.ConfigError(
+        f"stack {stack.name} of width {stack.width} must divide by the {model} devices of "
+        "config.mesh.model, as its columns are split (config.embedding.placement)"
+      )
+    if stack.placement != "row":
+      continue
+    if stack.rows % model:
+      raise config_lib.ConfigError(
+        f"config.mesh.model is {model}, but the {stack.rows:,} rows of stack {stack.name} must "
+        f"divide by it; choose a divisor of {ROW_MULTIPLE}"
+      )
+    if stack.rows // model >= 2**31:
+      raise config_lib.ConfigError(
+        f"a device would hold {stack.rows // model:,} rows of stack {stack.name}, but a row number "
+        f"on a device must stay below 2^31; raise config.mesh.model above {model}"
+      )
+
+
 def _units(specs, config: config_lib.Embedding) -> dict[str, int]:
   """Table -> units, where `config.units` names one of its features."""
   named: dict[str, tuple[str, int]] = {}  # Table -> who named its units, and how many.
