@@ -182,8 +182,8 @@ def _is_in_place(module: hlo.Module, ins: hlo.Instruction, leaf: int) -> bool:
   if ins.opcode in _IN_PLACE:
     return True
   if ins.opcode == "custom-call":
-    aliases = re.search(r"output_to_operand_aliasing=\{(.*?\})\}", ins.attributes)
-    outputs = re.findall(r"\{(\d*)\}: \(", aliases[1]) if aliases else []
+    aliases = ins.attributes.partition("output_to_operand_aliasing=")[2]
+    outputs = re.findall(r"\{(\d*)\}: \(\d+, ", aliases)
     return str(leaf) in outputs or (outputs == [""] and len(ins.shapes) == 1)
   if ins.opcode != "fusion":
     return False
