@@ -44,7 +44,7 @@ class Plan(NamedTuple):
   unique_M: jax.Array  # Which of the different rows each looked-up row is.
   end_L: jax.Array  # Where the different rows of each owner end; padding follows the last.
   first: Round
-  rounds: jax.Array  # The same number on all devices.
+  rounds_1: jax.Array  # The same number on all devices.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ class RowSharded:
 
     start = (jnp.ones((), jnp.int32), first.end_L, more)
     rounds, _, _ = jax.lax.while_loop(lambda at: at[2], count, start)
-    return Plan(own, unique_M, end_L, first, rounds)
+    return Plan(own, unique_M, end_L, first, rounds[None])
 
   def bucket_sizes(self, position_M: jax.Array) -> jax.Array:
     """(L,) int32: different rows that this device wants of every owner."""
@@ -91,7 +91,7 @@ class RowSharded:
       return round_.end_L, rows_MW + rows_of(round_)
 
     rows_MW = rows_of(plan.first)
-    return jax.lax.fori_loop(1, plan.rounds, further, (plan.first.end_L, rows_MW))[1]
+    return jax.lax.fori_loop(1, plan.rounds_1[0], further, (plan.first.end_L, rows_MW))[1]
 
   def update(
     self, rule: StackRule, stack: Stack, plan: Plan, grad_MW: jax.Array, learning_rate, key
@@ -117,11 +117,11 @@ class RowSharded:
       return round_.end_L, write(stack, round_, tick=False)
 
     stack = write(stack, plan.first, tick=True)
-    return jax.lax.fori_loop(1, plan.rounds, further, (plan.first.end_L, stack))[1]
+    return jax.lax.fori_loop(1, plan.rounds_1[0], further, (plan.first.end_L, stack))[1]
 
   def rounds(self, plan: Plan) -> jax.Array:
     """How many exchanges the batch takes; 1 where the capacity suffices."""
-    return plan.rounds
+    return plan.rounds_1[0]
 
   def _bucket(self, position_M: jax.Array) -> tuple[Segments, jax.Array, jax.Array]:
     """(own, unique_M, end_L): sorting by position sorts by owner and by row of the owner."""

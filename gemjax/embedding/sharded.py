@@ -25,7 +25,7 @@ from gemjax.embedding.replicated import Replicated
 from gemjax.embedding.row import RowSharded
 from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS
 from gemjax.embedding.stack import Held, Stack, StackRule
-from gemjax.embedding.tables import StackLayout, TableLayout
+from gemjax.embedding.tables import StackLayout, TableLayout, check_mesh
 from gemjax.features import Batch
 
 Stacks = dict[str, Stack]
@@ -50,6 +50,19 @@ class ShardedTables:
   data: int
   model: int
   capacity: dict[str, int] = dataclasses.field(default_factory=dict)  # Of row stacks.
+
+  @classmethod
+  def on_mesh(
+    cls, layout: TableLayout, config: config_lib.Embedding, data: int, model: int
+  ) -> ShardedTables:
+    """With the capacity of `config.exchange_rows`, or none yet where that is 0.
+
+    Raises:
+      ConfigError: a stack cannot be split over so many devices.
+    """
+    check_mesh(layout, model)
+    capacity = {s.name: config.exchange_rows for s in layout.stacks if config.exchange_rows}
+    return cls(layout=layout, config=config, data=data, model=model, capacity=capacity)
 
   def init(self, key: jax.Array) -> Stacks:
     """The stacks before the first step; the same rows on every mesh."""
@@ -86,7 +99,7 @@ class ShardedTables:
     keys = self._keys(key)
 
     def update(s: StackLayout, stack, plan, grad_MW):
-      grad_MW = grad_MW * self.data if self._averaged else grad_MW
+      grad_MW = grad_MW * self.data if self.averaged else grad_MW
       rule, placed = self._rule(s), self._placed(s)
       return placed.update(rule, stack, plan, grad_MW, learning_rate, keys[s.name])
 
@@ -140,7 +153,8 @@ class ShardedTables:
     )
 
   @property
-  def _averaged(self) -> bool:
+  def averaged(self) -> bool:
+    """Whether copies differ between two calls of `average`."""
     return self.config.replicas == "average" and self.data > 1
 
   def _exchanged(self, s: StackLayout) -> bool:
@@ -150,7 +164,7 @@ class ShardedTables:
     split = s.placement == "column" and self.model > 1
     optimizer = ROW_OPTIMIZERS[self.config.optimizer](
       self.config.eps,
-      accumulated=self.data if self._averaged else 1,
+      accumulated=self.data if self.averaged else 1,
       axis=MODEL if split else None,
     )
     return StackRule.from_config(self.config, optimizer)
@@ -165,7 +179,7 @@ class ShardedTables:
     return whole._replace(width=s.width // self.model, column_share=share)
 
   def _placed(self, s: StackLayout) -> RowSharded | ColumnSharded | Replicated:
-    combined = self.data > 1 and not self._averaged
+    combined = self.data > 1 and not self.averaged
     held = self._held(s)
     if self._exchanged(s):
       # Without a measurement all ids may be different: an even share of each, to be replaced.

@@ -1,6 +1,6 @@
 """Metrics of the field: sums on the device while training, exact figures on the host at the end."""
 
-from gemjax.metrics.binned import MetricSums, merge, result, update, zeros
+from gemjax.metrics.binned import MetricSums, merge, of_batch, result, zeros
 from gemjax.metrics.exact import auc, calibration, evaluate_arrays, gauc, log_loss, ne
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
   "log_loss",
   "merge",
   "ne",
+  "of_batch",
   "result",
-  "update",
   "zeros",
 ]

@@ -41,17 +41,17 @@ def merge(a: MetricSums, b: MetricSums) -> MetricSums:
   return jax.tree.map(_add, a, b)
 
 
-def update(
-  sums: MetricSums, logits_BT: jax.Array, label_BT: jax.Array, weight_B: jax.Array
+def of_batch(
+  logits_BT: jax.Array, label_BT: jax.Array, weight_B: jax.Array, *, bins: int = BINS
 ) -> MetricSums:
-  """Adds one batch of up to 2^24 examples.
+  """The sums over one batch of up to 2^24 examples; those of the parts of a batch may be added.
 
   loss = softplus(-x) for label 1, softplus(x) for label 0; prediction = sigmoid(x). The bin of
   logit x is that of x / (8 + |x|), which maps every logit into (-1, 1) in order, so that none is
   clipped. Labels are 0 or 1; rows of `weight_B` 0 are padding and left out, all others count once.
   A logit that is not a number makes the loss, and with it NE and calibration, nan.
   """
-  bins, tasks = sums.count_PTLK.shape[-1], logits_BT.shape[1]
+  tasks = logits_BT.shape[1]
   x_BT, positive_BT = logits_BT.astype(jnp.float32), label_BT > 0.5
   real_B1 = weight_B[:, None] > 0
   loss_BT = jax.nn.softplus(jnp.where(positive_BT, -x_BT, x_BT))
@@ -70,7 +70,7 @@ def update(
     jnp.sum(jnp.where(real_B1, loss_BT, 0), axis=0),
     jnp.sum(jnp.where(real_B1, prediction_BT, 0), axis=0),
   )
-  return merge(sums, jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), batch))
+  return jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), batch)
 
 
 def result(sums: MetricSums, tasks: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 from gemjax import metrics
 from gemjax.features import Batch, FeatureSet
+from gemjax.parallel.arrays import of_all_processes
 
 
 class PredictionError(ValueError):
@@ -17,7 +17,7 @@ class PredictionError(ValueError):
 
 
 def evaluate(
-  predict: Callable[[Any, Batch], jax.Array],
+  predict: Callable[[Any, Batch], np.ndarray],
   state: Any,
   batches: Iterable[Batch],
   features: FeatureSet,
@@ -25,9 +25,9 @@ def evaluate(
   """Task -> auc, gauc, log_loss, ne, calibration, ..., over every example once.
 
   Args:
-    predict: (state, batch) -> logits_BT.
+    predict: (state, batch) -> logits_BT, rows of this process as in the batch.
     state: What `predict` reads.
-    batches: Rows of weight 0 are left out.
+    batches: Of this process; rows of weight 0 are left out.
     features: Names the tasks.
 
   Raises:
@@ -36,17 +36,19 @@ def evaluate(
   logits, labels, groups, oracles = [], [], [], []
   for batch in batches:
     real_B = batch.weight_B > 0
-    logits.append(np.asarray(predict(state, batch))[real_B])
+    logits.append(predict(state, batch)[real_B])
     labels.append(batch.label_BT[real_B])
     groups.append(batch.group_B[real_B])
     oracles.append(batch.oracle_BT[real_B])
-  logits_NT, oracle_NT = np.concatenate(logits), np.concatenate(oracles)
+  logits_NT, label_NT, group_N, oracle_NT = (
+    of_all_processes(np.concatenate(parts)) for parts in (logits, labels, groups, oracles)
+  )
   if bad := int((~np.isfinite(logits_NT)).any(1).sum()):
     raise PredictionError(f"{bad:,} of {len(logits_NT):,} predictions are not finite")
   return metrics.evaluate_arrays(
     logits_NT,
-    np.concatenate(labels),
-    np.concatenate(groups),
+    label_NT,
+    group_N,
     list(features.tasks),
     oracle_NT=oracle_NT if oracle_NT.shape[1] else None,
   )

@@ -26,6 +26,8 @@ def _count(jaxpr) -> int:
       shape = eqn.invars[0].aval.shape
       total += 2 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
     trips = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+    if eqn.primitive.name == "shard_map":  # The program of one of its devices.
+      trips = eqn.params["mesh"].size
     for value in eqn.params.values():
       for inner in value if isinstance(value, tuple | list) else (value,):
         inner = getattr(inner, "jaxpr", inner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import pathlib
 import time
@@ -16,21 +15,17 @@ from gemjax import metrics
 from gemjax.checkpoint import Checkpoints
 from gemjax.data.pipeline import evaluation_batches, train_batches
 from gemjax.data.prepared import PreparedData
+from gemjax.features import Batch
+from gemjax.parallel.arrays import first_process_first, of_all_processes
 from gemjax.train import summary as summary_lib
-from gemjax.train.compiled import Compiled
+from gemjax.train.devices import open_mesh
 from gemjax.train.evaluate import PredictionError, evaluate
-from gemjax.train.flops import matmul_flops
+from gemjax.train.feed import Feed
+from gemjax.train.programs import Programs
 from gemjax.train.progress import Phases, Progress
 from gemjax.train.source import open_data
-from gemjax.train.state import (
-  NEVER,
-  TrainState,
-  init_state,
-  make_trainer,
-  not_finite,
-  parameter_counts,
-)  # fmt: skip
-from gemjax.train.step import predict_step, train_step
+from gemjax.train.state import NEVER, TrainState, make_trainer, not_finite, parameter_counts
+from gemjax.train.step import Report
 from gemjax.train.stopping import BestSoFar
 from gemjax.train.termination import Terminated, Termination
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, write_json
@@ -53,7 +48,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   phases = Phases()
   with Termination() as termination, Workdir(workdir) as folder:
     with phases("data"):
-      data = open_data(config, folder.path)
+      data = first_process_first("data", open_data, config, folder.path)
       for split in ("train", "valid", "test"):
         data.split(split)
     return _Run(config, data, folder, phases, termination).run()
@@ -74,25 +69,29 @@ class _Run:
     self.steps = config.train.steps or math.ceil(config.train.epochs * examples / batch)
     interval = max(1, round(config.train.eval_every * examples / batch))
     self.eval_interval = interval if config.train.eval_every else self.steps
+    self.mesh, lines = open_mesh(config, data.features)
     self.config, self.data, self.folder, self.phases = config, data, folder, phases
     self.termination = termination
-    self.trainer = make_trainer(config, data.features, self.steps)
-    self.step_fn = Compiled(functools.partial(train_step, self.trainer), donate=(0,))
-    self.predict = Compiled(functools.partial(predict_step, self.trainer))
-    self.init = functools.partial(init_state, self.trainer, config.train.seed)
-    self.batches = iter(
-      train_batches(
-        data,
-        batch_size=batch,
-        seed=config.train.seed,
-        window_blocks=config.data.window_blocks,
-      )
+    self.trainer = make_trainer(config, data.features, self.steps, self.mesh)
+    # Where groups update tables of their own, steps at which nothing else may look at them.
+    self.apart = config.embedding.average_every if self.trainer.tables.averaged else 1
+    self.eval_interval = -(-self.eval_interval // self.apart) * self.apart
+    self.programs = Programs(self.trainer)
+    batches = train_batches(
+      data,
+      batch_size=batch,
+      seed=config.train.seed,
+      window_blocks=config.data.window_blocks,
+      **self._part(),
     )
+    self.feed = Feed(iter(batches), self.mesh)
     # What can be refused has been refused: from here on the folder is this run's.
     self.checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=config.checkpoint.keep)
     digests = {name: split.digest for name, split in data.splits.items()}
     folder.claim(config, data.features, digests, begun=bool(self.checkpoints.steps))
     self.progress = Progress(folder.path, self.steps, batch)
+    for line in lines:
+      self.progress.say(line)
     self.best = BestSoFar(metric=config.train.stop_metric)
     self.valid: dict[str, Any] = {}  # Results of the best evaluation.
     self.train_loss = math.nan  # Mean since the evaluation before.
@@ -103,7 +102,7 @@ class _Run:
     self.termination.deferred = True
     try:
       with self.phases("state"):
-        state = self._resume() if self.checkpoints.steps else jax.jit(self.init)()
+        state = self._resume() if self.checkpoints.steps else self.trainer.born()
         jax.block_until_ready(state)
       state = self._train(state)
       self.checkpoints.wait()
@@ -114,22 +113,30 @@ class _Run:
 
   def _train(self, state: TrainState) -> TrainState:
     train, done = self.config.train, int(state.step)
-    losses: list[jax.Array] = []
+    reports: list[Report] = []
     self.progress.begin(done)
+    plans = self.programs.plan(self._first_batch())
     start = self._clock()
     while done < self.steps and not self.best.stopped(train.patience):
-      batch = self._next_batch()
-      state, loss = self.step_fn(state, batch)
+      batch = self.feed.advance()
+      state, plans, report = self.programs.step(state, plans, batch, self.feed.upcoming)
       done += 1
-      losses.append(loss)
+      reports.append(report)
+      # Groups that update tables of their own meet at whole multiples of `apart`, and at the end;
+      # only there the state is one.
+      whole = done % self.apart == 0 or done == self.steps
+      if whole and self.apart > 1:
+        state = self.programs.average(state)
       # At whole multiples of the interval but for one shortly before the end, and at the end.
       near_end = self.steps - done < self.eval_interval / 2
       evaluating = done == self.steps or (done % self.eval_interval == 0 and not near_end)
-      saving = bool(self.config.checkpoint.every) and done % self.config.checkpoint.every == 0
+      every = self.config.checkpoint.every
+      saving = bool(every) and whole and done // every > (done - self.apart) // every
+      stopping = whole and self._stop_requested(done)
       if done % train.log_every == 0 or evaluating:
-        self._log(state, done, losses)
-        losses = []
-      if evaluating or saving or self.termination.requested:
+        self._log(state, done, reports)
+        reports = []
+      if evaluating or saving or stopping:
         # Before anything is kept: a checkpoint never holds a value that is not finite.
         self._check_finite(state)
         self.seconds += self._clock() - start
@@ -137,7 +144,7 @@ class _Run:
           state = self._evaluate(state, done)
         self._save(state, done)
         start = self._clock()
-      if self.termination.requested:
+      if stopping:
         self.checkpoints.wait()
         raise Terminated(
           f"stopped by SIGTERM after step {done:,} of {self.steps:,}, which is saved; "
@@ -146,21 +153,35 @@ class _Run:
     return state
 
   def _clock(self) -> float:
-    """Seconds that stand still while a step is compiled."""
-    return time.perf_counter() - self.step_fn.seconds
+    """Seconds that stand still while a program is compiled."""
+    return time.perf_counter() - self.programs.compile_seconds
 
-  def _next_batch(self):
-    first = "first batch" not in self.phases.seconds
-    start = time.perf_counter()
-    batch = next(self.batches)
-    if first:
-      self.phases.add("first batch", time.perf_counter() - start)
-    return batch
+  def _part(self) -> dict[str, int]:
+    """Which part of every batch is this process'."""
+    return {
+      "process_index": jax.process_index(),
+      "process_count": jax.process_count(),
+      "shards": self.mesh.size,
+    }
 
-  def _log(self, state: TrainState, done: int, losses: list[jax.Array]) -> None:
-    loss = float(np.mean(jax.device_get(losses)))  # Waits for the device.
+  def _first_batch(self) -> Batch:
+    with self.phases("first batch"):
+      return self.feed.upcoming
+
+  def _stop_requested(self, done: int) -> bool:
+    """Whether SIGTERM came to any process; several agree on it when they log."""
+    requested = self.termination.requested
+    if jax.process_count() == 1 or done % self.config.train.log_every:
+      return requested and jax.process_count() == 1
+    return bool(of_all_processes(np.array([requested])).any())
+
+  def _log(self, state: TrainState, done: int, reports: list[Report]) -> None:
+    reports = jax.device_get(reports)  # Waits for the device.
+    loss = float(np.mean([report.loss for report in reports]))
     result = next(iter(self._train_metrics(state).values()))
     scalars = {"loss": loss, "ne": result["ne"], "auc": result["auc_binned"]}
+    if rounds := max(int(report.exchange_rounds) for report in reports):
+      scalars["exchange_rounds"] = rounds
     self.progress.log(done, scalars | {"learning_rate": self._learning_rate(done - 1)})
     if not math.isfinite(loss):
       self._check_finite(state)
@@ -208,18 +229,21 @@ class _Run:
       self.progress.say(
         f"early stop: {self.best.metric} did not improve in {self.best.since} evaluations; {was}"
       )
-    return state._replace(sums=metrics.zeros(len(self.data.features.tasks)))
+    zeros = metrics.zeros(len(self.data.features.tasks))
+    return state._replace(sums=jax.device_put(zeros, self.trainer.shardings.sums))
 
   def _results(self, state: TrainState, split: str) -> dict[str, dict[str, Any]]:
-    batches = evaluation_batches(self.data, split, batch_size=self.config.data.eval_batch_size)
+    batches = evaluation_batches(
+      self.data, split, batch_size=self.config.data.eval_batch_size, **self._part()
+    )
     try:
-      return evaluate(self.predict, state, batches, self.data.features)
+      return evaluate(self.programs.predict, state, batches, self.data.features)
     except PredictionError as error:
       raise self._not_finite(int(state.step) - 1, [f"{split}: {error}"]) from error
 
   def _save(self, state: TrainState, done: int) -> None:
     notes = {
-      "position": self.batches.get_state(),
+      "position": self.feed.get_state(),
       "best": self.best.to_json(),
       "valid": self.valid,
       "train_loss": self.train_loss,
@@ -231,9 +255,9 @@ class _Run:
     self.checkpoints.save(done, state, notes, best=self.best.step)
 
   def _resume(self) -> TrainState:
-    restored = self.checkpoints.restore(jax.eval_shape(self.init))
+    restored = self.checkpoints.restore(self.trainer.abstract())
     notes = restored.notes
-    self.batches.set_state(notes["position"])
+    self.feed.set_state(notes["position"])
     self.best = BestSoFar(**notes["best"])
     self.valid, self.train_loss, self.seconds = (
       notes[name] for name in ("valid", "train_loss", "seconds")
@@ -245,9 +269,9 @@ class _Run:
     """Tests the best checkpoint and writes the summary."""
     done = int(state.step)
     if self.best.step is not None and self.best.step != done:
-      state = self.checkpoints.restore(state, self.best.step).state
+      state = self.checkpoints.restore(self.trainer.abstract(), self.best.step).state
     test = self._results(state, "test")
-    self.phases.add("compile", self.step_fn.seconds + self.predict.seconds)
+    self.phases.add("compile", self.programs.compile_seconds)
     batch = self.config.data.batch_size
     seconds = max(self.seconds, 1e-9)
     summary = {
@@ -263,16 +287,12 @@ class _Run:
       "test": summary_lib.split_summary(test),
       "start_up_seconds": {n: round(s, 3) for n, s in self.phases.seconds.items()},
       "params": parameter_counts(state),
-      "gflop_per_example": self._flops(state) / batch / 1e9,
-      "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}",
+      "gflop_per_example": self.programs.flops(state, self.feed.upcoming) / batch / 1e9,
+      "device": f"{jax.devices()[0].device_kind} x{self.mesh.size}",
+      "mesh": dict(self.mesh.shape),
       "seed": self.config.train.seed,
     }
     write_json(self.folder.path / SUMMARY, summary)
     self.progress.close()
     print("\n" + summary_lib.render(summary), flush=True)
     return summary
-
-  def _flops(self, state: TrainState) -> int:
-    batches = train_batches(self.data, batch_size=self.config.data.batch_size, seed=0)
-    abstract = jax.eval_shape(lambda: (state, next(iter(batches))))
-    return matmul_flops(functools.partial(train_step, self.trainer), *abstract)

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemjax import config as config_lib
 from gemjax import metrics
-from gemjax.embedding import Stack, StackRule, TableLayout, assemble, layout_tables
-from gemjax.features import FeatureSet
+from gemjax.config import DATA, MODEL
+from gemjax.embedding import ShardedTables, Stacks, TableLayout, assemble, layout_tables
+from gemjax.features import Batch, FeatureSet
 from gemjax.models import Ranker
+from gemjax.parallel.mesh import make_mesh
+from gemjax.parallel.placement import param_specs, state_specs
 from gemjax.train.optimizer import dense_optimizer, schedule
 
 NEVER = 2**31 - 1
@@ -26,31 +30,57 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32, steps done.
   params: dict[str, Any]  # Dense parameters.
   opt_state: optax.OptState
-  stacks: dict[int, Stack]  # Embedding tables by width.
+  stacks: Stacks  # Embedding tables by stack.
   sums: metrics.MetricSums  # Since the last evaluation.
   bad_step: dict[str, jax.Array]  # Part -> first step at which it was not finite, or NEVER.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trainer:
-  """The static side of a step: how to read the state and how to change it."""
+  """The static side of a step: how to read the state, how to change it, where it lies."""
 
   config: config_lib.Config
   features: FeatureSet
-  layout: TableLayout
-  rule: StackRule
+  tables: ShardedTables
   graph: nnx.GraphDef
   optimizer: optax.GradientTransformation
   share: optax.Schedule
+  mesh: Mesh
+  specs: TrainState  # Of PartitionSpecs.
 
-  def predict(self, params, rows, batch, key=None) -> jax.Array:
-    """logits_BT of a batch from its looked-up rows; with a key it drops out."""
-    units_BND, small_BSW = assemble(self.layout, rows, batch)
-    return nnx.merge(self.graph, params)(units_BND, small_BSW, batch.dense_BF, key)
+  def predict(self, params, rows, batch: Batch, key_B=None) -> jax.Array:
+    """logits_BT of a batch from its looked-up rows; with keys it drops out."""
+    units_BND, small_BSW = assemble(self.tables.layout, rows, batch)
+    return nnx.merge(self.graph, params)(units_BND, small_BSW, batch.dense_BF, key_B)
+
+  @property
+  def shardings(self) -> TrainState:
+    """Where every array of the state lies."""
+    return jax.tree.map(
+      lambda spec: NamedSharding(self.mesh, spec),
+      self.specs,
+      is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+  def born(self) -> TrainState:
+    """The state before the first step, every array born where it lies."""
+    return jax.jit(lambda: init_state(self), out_shardings=self.shardings)()
+
+  def abstract(self) -> TrainState:
+    """Shapes, types and places of the state; nothing is computed."""
+    shapes = jax.eval_shape(lambda: init_state(self))
+    place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+    return jax.tree.map(place, shapes, self.shardings)
 
 
-def make_trainer(config: config_lib.Config, features: FeatureSet, steps: int) -> Trainer:
-  """Raises ConfigError where the config does not fit the features."""
+def make_trainer(
+  config: config_lib.Config, features: FeatureSet, steps: int, mesh: Mesh | None = None
+) -> Trainer:
+  """On one device unless a mesh is given.
+
+  Raises:
+    ConfigError: the config does not fit the features or the mesh.
+  """
   for task in config.train.task_weights:
     if task not in features.tasks:
       raise config_lib.ConfigError(
@@ -60,45 +90,68 @@ def make_trainer(config: config_lib.Config, features: FeatureSet, steps: int) ->
     raise config_lib.ConfigError(
       "config.train.stop_metric is 'gauc', but the data names no user; choose auc, ne or log_loss"
     )
+  mesh = mesh or make_mesh(1, 1, jax.local_devices()[:1])
   layout = layout_tables(features, config.embedding)
-  graph, _ = nnx.split(nnx.eval_shape(lambda: _ranker(config, features, layout, 0)))
+  data, model = mesh.shape[DATA], mesh.shape[MODEL]
+  tables = ShardedTables.on_mesh(layout, config.embedding, data, model)
+  graph, weights = nnx.split(nnx.eval_shape(lambda: _ranker(config, features, layout)))
+  optimizer = dense_optimizer(config.optimizer, steps)
+  params = nnx.to_pure_dict(weights)
+  specs = param_specs(weights, mesh.shape)
+  replicated = PartitionSpec()
+  state = TrainState(
+    step=replicated,
+    params=specs,
+    opt_state=state_specs(optimizer, params, specs),
+    stacks=tables.specs(),
+    sums=jax.tree.map(lambda _: replicated, jax.eval_shape(lambda: metrics.zeros(1))),
+    bad_step=dict.fromkeys(parts(params, layout), replicated),
+  )
   return Trainer(
     config=config,
     features=features,
-    layout=layout,
-    rule=StackRule.from_config(config.embedding),
+    tables=tables,
     graph=graph,
-    optimizer=dense_optimizer(config.optimizer, steps),
+    optimizer=optimizer,
     share=schedule(config.optimizer, steps),
+    mesh=mesh,
+    specs=state,
   )
 
 
-def init_state(trainer: Trainer, seed: int) -> TrainState:
-  """The state before the first step; jit it, so that tables are born on the device."""
-  model = _ranker(trainer.config, trainer.features, trainer.layout, seed)
+def init_state(trainer: Trainer) -> TrainState:
+  """The state before the first step; equal on every mesh."""
+  seed = trainer.config.train.seed
+  model = _ranker(trainer.config, trainer.features, trainer.tables.layout)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), len(trainer.layout.rows))
+  tables = jax.shard_map(
+    trainer.tables.init,
+    mesh=trainer.mesh,
+    in_specs=PartitionSpec(),
+    out_specs=trainer.specs.stacks,
+    check_vma=False,
+  )
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=trainer.optimizer.init(params),
-    stacks={w: trainer.rule.init(k, r, w) for k, (w, r) in zip(keys, trainer.layout.rows)},
+    stacks=tables(jax.random.fold_in(jax.random.key(seed), 1)),
     sums=metrics.zeros(len(trainer.features.tasks)),
-    bad_step={part: jnp.full((), NEVER, jnp.int32) for part in parts(params, trainer.layout)},
+    bad_step={part: jnp.full((), NEVER, jnp.int32) for part in trainer.specs.bad_step},
   )
 
 
 def parts(params: dict[str, Any], layout: TableLayout) -> list[str]:
   """Names of what the step checks for non-finite values."""
   dense = [f"gradient of {a}.{b}" for a in params for b in params[a]]
-  return ["loss", *dense, *(f"gradient of tables of width {w}" for w, _ in layout.rows)]
+  return ["loss", *dense, *(f"gradient of tables {s.name}" for s in layout.stacks)]
 
 
 def parameter_counts(state: TrainState) -> dict[str, int]:
   """Weights by kind; optimiser state not counted."""
   return {
     "dense": sum(p.size for p in jax.tree.leaves(state.params)),
-    "embedding": sum(s.rows_RW.size for s in state.stacks.values()),
+    "embedding": sum(s.rows_RW.size for s in state.stacks.values()),  # Padding rows included.
   }
 
 
@@ -116,7 +169,7 @@ def _finite(tree):
   return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
 
 
-def _ranker(config, features: FeatureSet, layout: TableLayout, seed: int) -> Ranker:
+def _ranker(config: config_lib.Config, features: FeatureSet, layout: TableLayout) -> Ranker:
   wide = [p.units for p in (*layout.sparse, *layout.sequence) if not p.small]
   return Ranker(
     config,
@@ -124,5 +177,5 @@ def _ranker(config, features: FeatureSet, layout: TableLayout, seed: int) -> Ran
     small=sum(p.small for p in layout.sparse),
     dense=len(features.dense),
     tasks=len(features.tasks),
-    rngs=nnx.Rngs(seed),
+    rngs=nnx.Rngs(config.train.seed),
   )

@@ -1,69 +1,161 @@
-"""One training step, and prediction; both are pure functions to be jitted."""
+"""One training step, and prediction: pure functions to be jitted.
+
+The step runs in `jax.shard_map`, the code of one device with its collectives in sight. Letters as
+everywhere; arrays are this device's part, B = global batch / devices.
+"""
 
 from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from gemjax import metrics
-from gemjax.embedding import stack_ids
+from gemjax.config import DATA, MODEL
+from gemjax.embedding import Plans, Stacks
 from gemjax.features import Batch
+from gemjax.layers.dropout import example_keys
+from gemjax.parallel.arrays import BATCH
+from gemjax.parallel.placement import reduce_gradients
 from gemjax.train.losses import binary_cross_entropy
 from gemjax.train.state import Trainer, TrainState
 
+REPLICATED = PartitionSpec()
+ALL = (DATA, MODEL)
 
-def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-  """(state, batch) -> (state after one step, loss before it). Donate the state.
+
+class Report(NamedTuple):
+  """What a step tells of itself."""
+
+  loss: jax.Array  # Before the step.
+  exchange_rounds: jax.Array  # 1 where the capacity sufficed; 0 where nothing is exchanged.
+
+
+class _Result(NamedTuple):
+  """Of the part of a step that a device computes."""
+
+  grads: Any  # Of dense parameters, summed over the batch and placed as they are.
+  stacks: Stacks
+  plans: Plans  # Of the upcoming batch.
+  sums: metrics.MetricSums
+  finite: dict[str, jax.Array]  # Part -> a number that is finite if the part is.
+  report: Report
+
+
+def train_step(
+  trainer: Trainer, state: TrainState, plans: Plans, batch: Batch, upcoming: Batch
+) -> tuple[TrainState, Plans, Report]:
+  """(state, batch) -> (state after one step, plans of the upcoming batch, report). Donate both.
 
   The gradient is taken with respect to the dense parameters and the looked-up rows; no array of a
-  table's shape exists but the table itself, which is updated in place.
+  table's shape exists but the table itself, which is updated in place. The upcoming batch gives
+  its ids alone: their exchange waits for nothing in this step.
   """
-  config = trainer.config
-  ids = stack_ids(trainer.layout, batch)
-  rows = {w: trainer.rule.lookup(s, ids[w]) for w, s in state.stacks.items()}
-  # A key of (seed, step): a resumed run draws what the unbroken one would have drawn.
-  key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-  task_weight_T = jnp.array([config.train.task_weights.get(t, 1.0) for t in trainer.features.tasks])
-
-  def loss_of(params, rows):
-    logits_BT = trainer.predict(params, rows, batch, jax.random.fold_in(key, 0))
-    loss = binary_cross_entropy(logits_BT, batch.label_BT, batch.weight_B, task_weight_T)
-    return loss, logits_BT
-
-  with_gradient = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-  (loss, logits_BT), (dense_grad, rows_grad) = with_gradient(state.params, rows)
-
-  updates, opt_state = trainer.optimizer.update(dense_grad, state.opt_state, state.params)
-  learning_rate = config.embedding.learning_rate * trainer.share(state.step)
-  stacks = {
-    w: trainer.rule.update(s, ids[w], rows_grad[w], learning_rate, jax.random.fold_in(key, w))
-    for w, s in state.stacks.items()
-  }
-  finite = {"loss": loss}
-  for outer, tree in dense_grad.items():
-    finite |= {f"gradient of {outer}.{inner}": _total(t) for inner, t in tree.items()}
-  finite |= {f"gradient of tables of width {w}": _total(g) for w, g in rows_grad.items()}
+  specs = trainer.specs
+  result = _Result(
+    grads=specs.params, stacks=specs.stacks, plans=BATCH, sums=REPLICATED, finite=REPLICATED,
+    report=REPLICATED,
+  )  # fmt: skip
+  on_device = _on_devices(
+    trainer,
+    functools.partial(_device_step, trainer),
+    (REPLICATED, specs.params, specs.stacks, BATCH, BATCH, BATCH),
+    result,
+  )
+  done = on_device(state.step, state.params, state.stacks, plans, batch, upcoming)
+  updates, opt_state = trainer.optimizer.update(done.grads, state.opt_state, state.params)
   bad_step = {
-    part: jnp.where(jnp.isfinite(finite[part]), first, jnp.minimum(first, state.step))
+    part: jnp.where(jnp.isfinite(done.finite[part]), first, jnp.minimum(first, state.step))
     for part, first in state.bad_step.items()
   }
   new_state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
-    stacks=stacks,
-    sums=metrics.update(state.sums, logits_BT, batch.label_BT, batch.weight_B),
+    stacks=done.stacks,
+    sums=metrics.merge(state.sums, done.sums),
     bad_step=bad_step,
   )
-  return new_state, loss
+  return new_state, done.plans, done.report
+
+
+def plan_step(trainer: Trainer, batch: Batch) -> Plans:
+  """The plans of the first batch, which no step has made."""
+  return _on_devices(trainer, trainer.tables.plan, (BATCH,), BATCH)(batch)
 
 
 def predict_step(trainer: Trainer, state: TrainState, batch: Batch) -> jax.Array:
-  """logits_BT float32, without dropout."""
-  ids = stack_ids(trainer.layout, batch)
-  rows = {w: trainer.rule.lookup(s, ids[w]) for w, s in state.stacks.items()}
-  return trainer.predict(state.params, rows, batch)
+  """logits_BT float32, without dropout, split as the batch."""
+
+  def predict(params, stacks, batch):
+    rows = trainer.tables.lookup(stacks, trainer.tables.plan(batch))
+    return trainer.predict(params, rows, batch)
+
+  specs = (trainer.specs.params, trainer.specs.stacks, BATCH)
+  return _on_devices(trainer, predict, specs, BATCH)(state.params, state.stacks, batch)
+
+
+def average_step(trainer: Trainer, state: TrainState) -> TrainState:
+  """Makes the tables of the `data` groups equal, where each updates its own. Donate the state."""
+  # Another stream than that of the steps, which fold small numbers.
+  key = jax.random.fold_in(jax.random.key(trainer.config.train.seed), -1)
+  specs = trainer.specs.stacks
+  average = _on_devices(trainer, trainer.tables.average, (specs, REPLICATED), specs)
+  return state._replace(stacks=average(state.stacks, jax.random.fold_in(key, state.step)))
+
+
+def bucket_step(trainer: Trainer, batch: Batch) -> dict[str, jax.Array]:
+  """Row stack -> the most different rows that any device wants of any owner."""
+
+  def largest(batch):
+    sizes = trainer.tables.bucket_sizes(batch)
+    return {name: jax.lax.pmax(jnp.max(size_L), ALL) for name, size_L in sizes.items()}
+
+  return _on_devices(trainer, largest, (BATCH,), REPLICATED)(batch)
+
+
+def _device_step(trainer: Trainer, step, params, stacks, plans, batch, upcoming) -> _Result:
+  config, tables = trainer.config, trainer.tables
+  # A key of (seed, step): a resumed run draws what the unbroken one would have drawn.
+  key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+  examples = len(batch.weight_B)
+  key_B = example_keys(jax.random.fold_in(key, 0), jax.lax.axis_index(ALL) * examples, examples)
+  task_weight_T = jnp.array([config.train.task_weights.get(t, 1.0) for t in trainer.features.tasks])
+  total_weight = jax.lax.psum(batch.weight_B.sum(), ALL)
+  upcoming_plans = tables.plan(upcoming)
+  rows = tables.lookup(stacks, plans)
+
+  def loss_of(params, rows):
+    logits_BT = trainer.predict(params, rows, batch, key_B)
+    loss = binary_cross_entropy(
+      logits_BT, batch.label_BT, batch.weight_B, task_weight_T, total_weight
+    )
+    return loss, logits_BT
+
+  with_gradient = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+  (loss, logits_BT), (dense_grad, rows_grad) = with_gradient(params, rows)
+  dense_grad = reduce_gradients(dense_grad, trainer.specs.params)
+  learning_rate = config.embedding.learning_rate * trainer.share(step)
+  stacks = tables.update(stacks, plans, rows_grad, learning_rate, jax.random.fold_in(key, 1))
+  finite = {"loss": loss}
+  for outer, tree in dense_grad.items():
+    finite |= {f"gradient of {outer}.{inner}": _total(t) for inner, t in tree.items()}
+  finite |= {f"gradient of tables {name}": _total(g) for name, g in rows_grad.items()}
+  sums = metrics.of_batch(logits_BT, batch.label_BT, batch.weight_B)
+  loss, sums, finite = jax.lax.psum((loss, sums, finite), ALL)
+  report = Report(loss, tables.rounds(plans))
+  return _Result(dense_grad, stacks, upcoming_plans, sums, finite, report)
+
+
+def _on_devices(trainer: Trainer, function, in_specs, out_specs):
+  # Unchecked: JAX cannot know that merged updates keep the copies of a table equal.
+  return jax.shard_map(
+    function, mesh=trainer.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )
 
 
 def _total(tree) -> jax.Array:

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from gemjax import metrics
 from gemjax.metrics import binned
 
-update, merge = jax.jit(metrics.update), jax.jit(metrics.merge)
+merge, of_batch = jax.jit(metrics.merge), jax.jit(metrics.of_batch, static_argnames="bins")
+
+
+def update(sums, *batch):
+  return merge(sums, of_batch(*batch, bins=sums.count_PTLK.shape[-1]))
 
 
 def draw(seed, n, tasks=1, mean=-1.0, std=2.0):
@@ -100,7 +104,7 @@ def test_sums_neither_stop_nor_drift_over_1e5_batches_of_4096():
 
   @functools.partial(jax.jit, donate_argnums=0)
   def run(sums, logit, label):
-    step = lambda i, s: metrics.update(s, logit[i % kinds], label[i % kinds], weight)
+    step = lambda i, s: update(s, logit[i % kinds], label[i % kinds], weight)
     return jax.lax.fori_loop(0, updates, step, sums)
 
   got = metrics.result(run(metrics.zeros(1), jnp.asarray(logit), jnp.asarray(label)), ["click"])
