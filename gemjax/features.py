@@ -176,7 +176,7 @@ def split_words(ids: np.ndarray) -> np.ndarray:
   Raises TypeError for what is no whole number.
   """
   ids = np.asarray(ids).astype("<i8", order="C", casting="same_kind", copy=False)
-  return ids.view("<u4").reshape(*ids.shape, 2)
+  return ids[..., None].view("<u4")
 
 
 def event_capacity(events: int) -> int:
