@@ -11,21 +11,19 @@ from einops import rearrange
 from flax import nnx
 
 from gemjax.layers.dropout import Key, fold
+from gemjax.layers.linear import KERNEL, contract, kernel_init
 from gemjax.layers.mlp import Mlp
-
-# Y and W_L mix N units, so their fan-in is N, the first axis.
-_over_units = nnx.initializers.lecun_normal(in_axis=0, out_axis=1)
 
 
 class UnitLinear(nnx.Module):
   """Linear Compress Block and linear residual: X -> W X, W in R^{L x N}; (B, N, D) -> (B, L, D)."""
 
   def __init__(self, units: int, outputs: int, *, dtype: str, rngs: nnx.Rngs):
-    self.kernel_NL = nnx.Param(_over_units(rngs.params(), (units, outputs)))
-    self.dtype = dtype
+    self.kernel_NL = nnx.Param(kernel_init(rngs.params(), (units, outputs)), axes=KERNEL)
+    self.units, self.dtype = units, dtype
 
   def __call__(self, x_BND: jax.Array) -> jax.Array:
-    return jnp.einsum("bnd,nl->bld", x_BND, self.kernel_NL[...].astype(self.dtype))
+    return contract("bnd,nl->bld", x_BND, self.kernel_NL[...], self.units, self.dtype)
 
 
 class FactorizationMachine(nnx.Module):
@@ -43,19 +41,19 @@ class FactorizationMachine(nnx.Module):
     self.kind, self.units, self.rank, self.dtype = kind, units, rank, dtype
     self.outputs = units * (units if kind == "basic" else rank)
     if kind == "optimised":
-      self.y_NK = nnx.Param(_over_units(rngs.params(), (units, rank)))
+      self.y_NK = nnx.Param(kernel_init(rngs.params(), (units, rank)), axes=KERNEL)
     elif kind == "attentive":
       self.compress = UnitLinear(units, rank, dtype=dtype, rngs=rngs)
       self.mlp = Mlp(rank * dim, (4 * rank,), units * rank, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
+  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
     if self.kind == "basic":
       pairs = jnp.einsum("bnd,bmd->bnm", x_BND, x_BND)
     else:
       if self.kind == "optimised":
-        mixed_BKD = jnp.einsum("bnd,nk->bkd", x_BND, self.y_NK[...].astype(self.dtype))
+        mixed_BKD = contract("bnd,nk->bkd", x_BND, self.y_NK[...], self.units, self.dtype)
       else:
-        y = self.mlp(rearrange(self.compress(x_BND), "b a d -> b (a d)"), fold(key, 0))
+        y = self.mlp(rearrange(self.compress(x_BND), "b a d -> b (a d)"), fold(key_B, 0))
         y_BNK = rearrange(y, "b (n k) -> b n k", n=self.units)
         mixed_BKD = jnp.einsum("bnd,bnk->bkd", x_BND, y_BNK)
       pairs = jnp.einsum("bnd,bkd->bnk", x_BND, mixed_BKD)

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from gemjax.layers.dropout import Key, dropout, fold
+from gemjax.layers.linear import Linear
 
 
 class Mlp(nnx.Module):
@@ -32,14 +33,11 @@ class Mlp(nnx.Module):
     dtypes = [dtype] * len(hidden) + [last_dtype or dtype]
     self.dropout = dropout
     self.layers = nnx.List(
-      [
-        nnx.Linear(i, o, dtype=t, rngs=rngs)
-        for (i, o), t in zip(itertools.pairwise(widths), dtypes)
-      ]
+      [Linear(i, o, dtype=t, rngs=rngs) for (i, o), t in zip(itertools.pairwise(widths), dtypes)]
     )
 
-  def __call__(self, x_BI: jax.Array, key: Key = None) -> jax.Array:
+  def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
     h = x_BI
     for i, layer in enumerate(self.layers[:-1]):
-      h = dropout(jax.nn.relu(layer(h)), self.dropout, fold(key, i))
+      h = dropout(jax.nn.relu(layer(h)), self.dropout, fold(key_B, i))
     return self.layers[-1](h)

@@ -49,7 +49,7 @@ class UnitInput(nnx.Module):
     self.small = nnx.List(mlps)
 
   def __call__(
-    self, units_BND: jax.Array, small_BSW: jax.Array, dense_BF: jax.Array, key: Key = None
+    self, units_BND: jax.Array, small_BSW: jax.Array, dense_BF: jax.Array, key_B: Key = None
   ) -> jax.Array:
     parts = [units_BND.astype(self.dtype)]
     if self.dense is not None:
@@ -58,4 +58,4 @@ class UnitInput(nnx.Module):
     for (start, end), mlp in zip(self.groups, self.small):
       group = rearrange(small_BSW[:, start:end].astype(self.dtype), "b s w -> b (s w)")
       parts.append(rearrange(mlp(group), "b (n d) -> b n d", d=self.dim))
-    return unit_dropout(jnp.concatenate(parts, 1), self.feature_dropout, key)
+    return unit_dropout(jnp.concatenate(parts, 1), self.feature_dropout, key_B)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from gemjax import config as config_lib
 from gemjax.layers.dropout import Key, dropout, fold
+from gemjax.layers.linear import Linear
 from gemjax.layers.mlp import Mlp
 from gemjax.models.heads import Heads
 
@@ -22,17 +23,17 @@ class Dcnv2(nnx.Module):
     width = units * dim
     self.dropout = config.dropout
     self.cross = nnx.List(
-      [nnx.Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
+      [Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(config.layers)]
     )
     *hidden, last = config.mlp
     self.deep = Mlp(width, tuple(hidden), last, dtype=dtype, rngs=rngs, dropout=config.dropout)
     self.heads = Heads(width + last, (), tasks, 0.0, dtype, rngs)
 
-  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
+  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
     x0 = rearrange(x_BND, "b n d -> b (n d)")
     x = x0
     for layer in self.cross:
       x = x0 * layer(x) + x
-    deep = jax.nn.relu(self.deep(x0, fold(key, 0)))
-    deep = dropout(deep, self.dropout, fold(key, 1))
+    deep = jax.nn.relu(self.deep(x0, fold(key_B, 0)))
+    deep = dropout(deep, self.dropout, fold(key_B, 1))
     return self.heads(jnp.concatenate([x, deep], 1))

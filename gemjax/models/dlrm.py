@@ -26,6 +26,6 @@ class Dlrm(nnx.Module):
     inputs = units * dim + units * (units - 1) // 2
     self.heads = Heads(inputs, config.head, tasks, config.dropout, dtype, rngs)
 
-  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
+  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
     flat = rearrange(x_BND, "b n d -> b (n d)")
-    return self.heads(jnp.concatenate([flat, pairwise_dots(x_BND)], 1), key)
+    return self.heads(jnp.concatenate([flat, pairwise_dots(x_BND)], 1), key_B)

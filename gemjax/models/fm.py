@@ -27,10 +27,10 @@ class Fm(nnx.Module):
         "at least one factor"
       )
     self.tasks = tasks
-    self.bias_T = nnx.Param(jnp.zeros((tasks,)))
-    self.scale_T = nnx.Param(jnp.ones((tasks,)))
+    self.bias_T = nnx.Param(jnp.zeros((tasks,)), axes=("fan_out",))
+    self.scale_T = nnx.Param(jnp.ones((tasks,)), axes=("fan_out",))
 
-  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
+  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
     x_BND = x_BND.astype(jnp.float32)
     linear_BT = jnp.sum(x_BND[..., : self.tasks], axis=1)
     v_BND = x_BND[..., self.tasks :]

@@ -28,6 +28,6 @@ class Heads(nnx.Module):
     )
     self.heads = nnx.List([make() for _ in range(tasks)])
 
-  def __call__(self, x_BI: jax.Array, key: Key = None) -> jax.Array:
-    logits = [head(x_BI, fold(key, t)) for t, head in enumerate(self.heads)]
+  def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
+    logits = [head(x_BI, fold(key_B, t)) for t, head in enumerate(self.heads)]
     return jnp.concatenate(logits, 1)

@@ -31,7 +31,7 @@ class Logistic(nnx.Module):
       raise config_lib.ConfigError(
         f"config.embedding.dim is {dim}, but logistic regression holds one weight a task: {tasks}"
       )
-    self.bias_T = nnx.Param(jnp.zeros((tasks,)))
+    self.bias_T = nnx.Param(jnp.zeros((tasks,)), axes=("fan_out",))
 
-  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
+  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
     return jnp.sum(x_BND.astype(jnp.float32), axis=1) + self.bias_T[...]

@@ -19,5 +19,5 @@ class MlpRanker(nnx.Module):
   ):
     self.heads = Heads(units * dim, config.head, tasks, config.dropout, dtype, rngs)
 
-  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
-    return self.heads(rearrange(x_BND, "b n d -> b (n d)"), key)
+  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
+    return self.heads(rearrange(x_BND, "b n d -> b (n d)"), key_B)

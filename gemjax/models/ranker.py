@@ -27,7 +27,7 @@ LINEAR = (config_lib.Logistic, config_lib.Fm)
 
 
 class Ranker(nnx.Module):
-  """(units_BND, small_BSW, dense_BF) -> logits_BT; with a key it drops out."""
+  """(units_BND, small_BSW, dense_BF) -> logits_BT; with a key an example it drops out."""
 
   def __init__(
     self,
@@ -59,7 +59,7 @@ class Ranker(nnx.Module):
     )
 
   def __call__(
-    self, units_BND: jax.Array, small_BSW: jax.Array, dense_BF: jax.Array, key: Key = None
+    self, units_BND: jax.Array, small_BSW: jax.Array, dense_BF: jax.Array, key_B: Key = None
   ) -> jax.Array:
-    x_BND = self.inputs(units_BND, small_BSW, dense_BF, fold(key, 0))
-    return self.model(x_BND, fold(key, 1))
+    x_BND = self.inputs(units_BND, small_BSW, dense_BF, fold(key_B, 0))
+    return self.model(x_BND, fold(key_B, 1))

@@ -34,6 +34,14 @@ from gemjax.layers.interaction import FactorizationMachine, UnitLinear
 from gemjax.layers.mlp import Mlp
 from gemjax.models.heads import Heads
 
+# Parameters of the scanned layers have an axis more.
+_STACKED = {nnx.PARTITION_NAME: None, "axes": "layer"}
+
+
+def _layer_norm(width: int, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
+  axes = {"axes": ("width",)}
+  return nnx.LayerNorm(width, dtype=dtype, rngs=rngs, scale_metadata=axes, bias_metadata=axes)
+
 
 class WukongLayer(nnx.Module):
   """One layer: (B, N, D) -> (B, nF + nL, D)."""
@@ -41,7 +49,7 @@ class WukongLayer(nnx.Module):
   def __init__(self, config: config_lib.Wukong, units: int, dim: int, dtype: str, rngs: nnx.Rngs):
     outputs = config.fmb_units + config.lcb_units
     self.fm = FactorizationMachine(config.fm, units, dim, config.rank, dtype=dtype, rngs=rngs)
-    self.fm_norm = nnx.LayerNorm(self.fm.outputs, dtype=dtype, rngs=rngs)
+    self.fm_norm = _layer_norm(self.fm.outputs, dtype, rngs)
     self.mlp = Mlp(
       self.fm.outputs,
       config.mlp,
@@ -53,11 +61,11 @@ class WukongLayer(nnx.Module):
     self.compress = UnitLinear(units, config.lcb_units, dtype=dtype, rngs=rngs)
     same = units == outputs
     self.residual = None if same else UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
-    self.norm = nnx.LayerNorm(dim, dtype=dtype, rngs=rngs)
+    self.norm = _layer_norm(dim, dtype, rngs)
     self.dim = dim
 
-  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
-    flat = self.mlp(self.fm_norm(self.fm(x_BND, fold(key, 0))), fold(key, 1))
+  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
+    flat = self.mlp(self.fm_norm(self.fm(x_BND, fold(key_B, 0))), fold(key_B, 1))
     fmb = rearrange(flat, "b (n d) -> b n d", d=self.dim)
     residual = x_BND if self.residual is None else self.residual(x_BND)
     return self.norm(jnp.concatenate([fmb, self.compress(x_BND)], 1) + residual)
@@ -82,20 +90,20 @@ class Wukong(nnx.Module):
     self.first = None if units == outputs else make(units, rngs)
     self.depth = config.layers - (self.first is not None)
     stack = nnx.split_rngs(splits=max(1, self.depth))(
-      nnx.vmap(lambda rngs: make(outputs, rngs), in_axes=(0,), out_axes=0)
+      nnx.vmap(lambda rngs: make(outputs, rngs), transform_metadata=_STACKED)
     )
     self.layers = stack(rngs) if self.depth else None
     self.heads = Heads(outputs * dim, config.head, tasks, config.dropout, dtype, rngs)
 
-  def __call__(self, x_BND: jax.Array, key: Key = None) -> jax.Array:
+  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
     if self.first is not None:
-      x_BND = self.first(x_BND, fold(key, 0))
+      x_BND = self.first(x_BND, fold(key_B, 0))
     if self.layers is not None:
       graph, weights = nnx.split(self.layers)
 
       def layer(x_BND, at):
         weights, index = at
-        return nnx.merge(graph, weights)(x_BND, fold(fold(key, 1), index)), None
+        return nnx.merge(graph, weights)(x_BND, fold(fold(key_B, 1), index)), None
 
       x_BND, _ = jax.lax.scan(layer, x_BND, (weights, jnp.arange(self.depth)), unroll=2)
-    return self.heads(rearrange(x_BND, "b n d -> b (n d)"), fold(key, 2))
+    return self.heads(rearrange(x_BND, "b n d -> b (n d)"), fold(key_B, 2))

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from gemjax.config import Wukong as WukongConfig
+from gemjax.layers.dropout import example_keys
 from gemjax.models.wukong import Wukong
 
 B, D, T = 3, 4, 2
@@ -132,9 +133,10 @@ def test_dropout_needs_a_key_and_follows_it():
   config = WukongConfig(layers=3, dropout=0.5)
   graph, params = build(config, 6)
   model, x = nnx.merge(graph, params), jnp.asarray(x_of(6))
-  a, b, c = (model(x, key) for key in (None, jax.random.key(0), jax.random.key(1)))
+  keys = [None, *(example_keys(jax.random.key(seed), 0, B) for seed in (0, 1))]
+  a, b, c = (model(x, key) for key in keys)
   np.testing.assert_array_equal(a, model(x))
-  np.testing.assert_array_equal(b, model(x, jax.random.key(0)))
+  np.testing.assert_array_equal(b, model(x, keys[1]))
   assert np.all(a != b) and np.all(b != c)
 
 
