@@ -1,17 +1,20 @@
 """Equal ids of a batch: found by one sort, their gradients summed in a fixed order.
 
-Sorted first, so that equal ids are summed one after the other, in the order of the batch: no
-contended atomic add on a GPU, and the same bits in every run.
+Sorted first, so that equal ids are summed as neighbours: no contended atomic add on a GPU, and the
+same bits in every run.
 
-Letters: N ids, U unique ones (at most N), W width.
+Letters: N ids, U unique ones (at most N), W width, C chunks of T.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+CHUNK = 32  # T of the scan below: N * T multiplications, N * T * 4 bytes of masks.
 
 
 class Segments(NamedTuple):
@@ -58,10 +61,74 @@ def find_duplicates(row_N: jax.Array, padding: int, capacity: int | None = None)
 
 def sum_duplicates(segments: Segments, grad_NW: jax.Array) -> jax.Array:
   """(U, W): the sum of the gradients of every run."""
+  sorted_NW = grad_NW.at[segments.order_N].get(mode="promise_in_bounds", unique_indices=True)
+  return sum_runs(sorted_NW, segments.segment_N, len(segments.unique_U))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def sum_runs(x_NW: jax.Array, segment_N: jax.Array, count: int) -> jax.Array:
+  """(count, W): the sums of neighbours of one segment.
+
+  On a GPU without atomics: those of floats give other bits in every run, and with this version of
+  XLA many are loops of compare-and-swap, 450 times as slow where ids meet (openxla/xla#46225).
+
+  Args:
+    x_NW: Summands.
+    segment_N: int32 in [0, count), ascending.
+    count: Segments; one that does not occur has sum 0.
+  """
+  scatter = functools.partial(_by_scatter, count=count)
+  return jax.lax.platform_dependent(
+    x_NW, segment_N, cuda=functools.partial(by_scan, count=count), default=scatter
+  )
+
+
+def _sum_runs_forward(x_NW, segment_N, count):
+  return sum_runs(x_NW, segment_N, count), segment_N
+
+
+def _sum_runs_backward(count, segment_N, gradient_UW):
+  del count
+  return gradient_UW.at[segment_N].get(mode="promise_in_bounds", indices_are_sorted=True), None
+
+
+sum_runs.defvjp(_sum_runs_forward, _sum_runs_backward)
+
+
+def by_scan(x_NW: jax.Array, segment_N: jax.Array, *, count: int) -> jax.Array:
+  """`sum_runs` as a scan, of which the last of every segment is kept."""
+  last_U = jnp.searchsorted(segment_N, jnp.arange(count), side="right").astype(jnp.int32) - 1
+  found_U = segment_N.at[last_U].get(mode="clip") == jnp.arange(count)
+  total_UW = _scan(x_NW, segment_N).at[last_U].get(mode="clip", indices_are_sorted=True)
+  return jnp.where(found_U[:, None], total_UW, 0)
+
+
+def _scan(x_NW: jax.Array, segment_N: jax.Array) -> jax.Array:
+  """Sums over each segment up to here: a triangular product inside chunks of T, then the same
+  over the last sums of the chunks, N / T of them, which the next chunk may go on from.
+  """
+  count, chunks = len(x_NW), -(-len(x_NW) // CHUNK)
+  x_CTW = _chunked(x_NW, 0, chunks)
+  segment_CT = _chunked(segment_N, -1, chunks)
+  before_TT = jnp.tri(CHUNK, dtype=bool)
+  same_CTT = (segment_CT[:, :, None] == segment_CT[:, None, :]) & before_TT
+  sum_CTW = jnp.einsum(
+    "cts,csw->ctw", same_CTT.astype(x_NW.dtype), x_CTW, precision=jax.lax.Precision.HIGHEST
+  )
+  if chunks > 1:
+    last_CW = _scan(sum_CTW[:, -1], segment_CT[:, -1])
+    goes_on_CT = segment_CT[1:] == segment_CT[:-1, -1:]
+    carried_CTW = jnp.where(goes_on_CT[..., None], last_CW[:-1, None], 0)
+    sum_CTW = sum_CTW.at[1:].add(carried_CTW, unique_indices=True)
+  return sum_CTW.reshape(-1, *x_NW.shape[1:])[:count]
+
+
+def _chunked(x_N: jax.Array, fill: int, chunks: int) -> jax.Array:
+  room = [(0, chunks * CHUNK - len(x_N))] + [(0, 0)] * (x_N.ndim - 1)
+  return jnp.pad(x_N, room, constant_values=fill).reshape(chunks, CHUNK, *x_N.shape[1:])
+
+
+def _by_scatter(x_NW: jax.Array, segment_N: jax.Array, *, count: int) -> jax.Array:
   return jax.ops.segment_sum(
-    grad_NW.at[segments.order_N].get(mode="promise_in_bounds", unique_indices=True),
-    segments.segment_N,
-    len(segments.unique_U),
-    indices_are_sorted=True,
-    mode="promise_in_bounds",
+    x_NW, segment_N, count, indices_are_sorted=True, mode="promise_in_bounds"
   )

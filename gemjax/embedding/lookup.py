@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from gemjax.embedding.duplicates import sum_runs
 from gemjax.embedding.tables import StackLayout, TableLayout
 from gemjax.features import Batch, Jagged
 
@@ -80,6 +81,6 @@ def mean_pool(rows_EW: jax.Array, jagged: Jagged) -> jax.Array:
   batch_size = len(jagged.lengths_B)
   # Events beyond the last example fall into segment B, which is cut off.
   ends_B = jnp.cumsum(jagged.lengths_B)
-  segment_E = jnp.searchsorted(ends_B, jnp.arange(len(rows_EW)), side="right")
-  sum_BW = jax.ops.segment_sum(rows_EW, segment_E, batch_size + 1, indices_are_sorted=True)[:-1]
+  segment_E = jnp.searchsorted(ends_B, jnp.arange(len(rows_EW)), side="right").astype(jnp.int32)
+  sum_BW = sum_runs(rows_EW, segment_E, batch_size + 1)[:-1]
   return sum_BW / jnp.maximum(jagged.lengths_B, 1)[:, None]

@@ -117,7 +117,8 @@ def parse_groups(attributes: str, kind: str, devices: int) -> Groups:
   """Device groups (or source-target pairs) among the attributes of a collective.
 
   Reads {{0,1},{2,3}}, the iota forms [2,4]<=[8] and [2,4]<=[4,2]T(1,0) (an arange of the right
-  shape, transposed, reshaped to the left one), and {}, which is one group of all.
+  shape, transposed, reshaped to the left one), the mesh form mesh['a'=2,'b'=4], device_ids=(IOTA)
+  {'b'} (groups along the axes in braces), and {}, which is one group of all.
   """
   if kind == "collective-permute":
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
@@ -132,6 +133,8 @@ def parse_groups(attributes: str, kind: str, devices: int) -> Groups:
   explicit = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)*)\}", attributes)
   if explicit:
     return _braces(explicit[1]) or everyone
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", attributes):
+    return _along_axes(named[1], named[2], named[3])
   iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
   if not iota:
     raise PlanError(f"the groups of {kind} are written in an unknown form: {attributes[:160]!r}")
@@ -139,6 +142,22 @@ def parse_groups(attributes: str, kind: str, devices: int) -> Groups:
   ids = np.arange(np.prod(dims)).reshape(dims)
   ids = (ids.transpose(order) if order else ids).reshape(shape)
   return tuple(tuple(row) for row in ids.tolist())
+
+
+def _along_axes(axes: str, ids: str, along: str) -> Groups:
+  """Groups of a mesh with the named sizes `axes`, along the names `along`."""
+  sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
+  order = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", ids)
+  grid = np.arange(np.prod(list(sizes.values())))
+  if order:
+    grid = grid.reshape(_numbers(order[1]))
+    grid = grid.transpose(_numbers(order[2])) if order[2] else grid
+  grid = grid.reshape(list(sizes.values()))
+  inside = [list(sizes).index(name) for name in re.findall(r"'([^']*)'", along)]
+  outside = [i for i in range(len(sizes)) if i not in inside]
+  count = int(np.prod([grid.shape[i] for i in inside]))
+  rows = grid.transpose(outside + inside).reshape(-1, count)
+  return tuple(tuple(row) for row in rows.tolist())
 
 
 def _communications(

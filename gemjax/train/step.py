@@ -126,8 +126,10 @@ def _device_step(trainer: Trainer, step, params, stacks, plans, batch, upcoming)
   key_B = example_keys(jax.random.fold_in(key, 0), jax.lax.axis_index(ALL) * examples, examples)
   task_weight_T = jnp.array([config.train.task_weights.get(t, 1.0) for t in trainer.features.tasks])
   total_weight = jax.lax.psum(batch.weight_B.sum(), ALL)
-  upcoming_plans = tables.plan(upcoming)
-  rows = tables.lookup(stacks, plans)
+  with jax.named_scope("plan"):
+    upcoming_plans = tables.plan(upcoming)
+  with jax.named_scope("lookup"):
+    rows = tables.lookup(stacks, plans)
 
   def loss_of(params, rows):
     logits_BT = trainer.predict(params, rows, batch, key_B)
@@ -140,7 +142,8 @@ def _device_step(trainer: Trainer, step, params, stacks, plans, batch, upcoming)
   (loss, logits_BT), (dense_grad, rows_grad) = with_gradient(params, rows)
   dense_grad = reduce_gradients(dense_grad, trainer.specs.params)
   learning_rate = config.embedding.learning_rate * trainer.share(step)
-  stacks = tables.update(stacks, plans, rows_grad, learning_rate, jax.random.fold_in(key, 1))
+  with jax.named_scope("update"):
+    stacks = tables.update(stacks, plans, rows_grad, learning_rate, jax.random.fold_in(key, 1))
   finite = {"loss": loss}
   for outer, tree in dense_grad.items():
     finite |= {f"gradient of {outer}.{inner}": _total(t) for inner, t in tree.items()}

@@ -1,0 +1,171 @@
+"""The very training step of a config, compiled for GPUs that are not here, and what it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from gemjax import config as config_lib
+from gemjax.config import DATA, MODEL
+from gemjax.embedding.lookup import positions
+from gemjax.features import Batch, FeatureSet, Jagged, event_capacity
+from gemjax.parallel.arrays import BATCH
+from gemjax.parallel.mesh import choose_mesh
+from gemjax.plan import target
+from gemjax.plan.compile import Compiled, compile_for
+from gemjax.train.state import Trainer, make_trainer
+from gemjax.train.step import plan_step, train_step
+
+STEPS = 1000  # Of the schedule; the program does not depend on it.
+
+
+class Budget(NamedTuple):
+  """Bytes of one device while a step runs."""
+
+  tables: int
+  table_state: int  # Optimiser state and marks, a few numbers a row or a weight.
+  dense: int  # This device's shard of the dense parameters.
+  optimizer: int  # Their moments.
+  batch: int  # This batch and the upcoming one.
+  exchange: int  # Plans, and looked-up rows with their gradients in float32.
+  activations: int  # All other temporaries: activations, gathered kernels, buffers of collectives.
+
+  @property
+  def total(self) -> int:
+    return sum(self)
+
+
+class PlannedStep(NamedTuple):
+  """A compiled training step."""
+
+  trainer: Trainer
+  compiled: Compiled
+  budget: Budget
+
+
+def plan_training(
+  config: config_lib.Config,
+  features: FeatureSet,
+  topology: target.Topology,
+  mesh: tuple[int, int] | None = None,
+) -> PlannedStep:
+  """Compiles the step for `topology`, in a process with the environment of `target`.
+
+  The exchange has room for a batch in which all ids are different, and sequences for batches in
+  which all are as long as allowed, unless the config says otherwise: the most that a step can take.
+
+  Args:
+    config: The experiment.
+    features: Of its data.
+    topology: The GPUs.
+    mesh: (data, model); the rule of gemjax/parallel/mesh.py unless given.
+
+  Raises:
+    ConfigError: the mesh is not that of the GPUs, or the batch does not divide by them.
+  """
+  data, model = mesh or _mesh_by_rule(config, features, topology)
+  if data * model != topology.size:
+    raise config_lib.ConfigError(
+      f"mesh {data}x{model} has {data * model} devices, but the topology has {topology.size}"
+    )
+  if config.data.batch_size % topology.size:
+    raise config_lib.ConfigError(
+      f"config.data.batch_size is {config.data.batch_size}, but must divide by {topology.size} GPUs"
+    )
+  devices = Mesh(target.devices(topology).reshape(data, model), (DATA, MODEL))
+  trainer = make_trainer(config, features, STEPS, devices)
+  batch = _abstract(devices, _batch(features, config.data.batch_size, topology.size))
+  if not trainer.tables.measured:
+    trainer = dataclasses.replace(trainer, tables=_with_room(trainer, batch))
+  plans = _abstract(devices, jax.eval_shape(functools.partial(plan_step, trainer), batch))
+  state = trainer.abstract()
+
+  def training_step(state, plans, batch, upcoming):
+    return train_step(trainer, state, plans, batch, upcoming)
+
+  jitted = jax.jit(
+    training_step, donate_argnums=(0, 1), out_shardings=(trainer.shardings, None, None)
+  )
+  compiled = compile_for(jitted, (state, plans, batch, batch))
+  rows = sum(
+    4 * held * next(s.width for s in trainer.tables.layout.stacks if s.name == name)
+    for name, held in _look_ups(trainer, batch).items()
+  )
+  temporaries = compiled.memory.temporaries
+  budget = Budget(
+    tables=sum(_held(stack.rows_RW) for stack in state.stacks.values()),
+    table_state=sum(_held((s.slots, s.marks_R, s.clock)) for s in state.stacks.values()),
+    dense=_held(state.params),
+    optimizer=_held(state.opt_state),
+    batch=2 * _held(batch),
+    exchange=_held(plans) + min(2 * rows, temporaries),
+    activations=max(0, temporaries - 2 * rows),
+  )
+  return PlannedStep(trainer, compiled, budget)
+
+
+def _mesh_by_rule(config, features, topology: target.Topology) -> tuple[int, int]:
+  alone = make_trainer(config, features, STEPS)
+  state = jax.eval_shape(alone.born)
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  data, model, _ = choose_mesh(config.mesh, topology.size, size, topology.target.memory_bytes)
+  return data, model
+
+
+def _batch(features: FeatureSet, examples: int, shards: int) -> Batch:
+  """Shapes of a global batch."""
+  shape = jax.ShapeDtypeStruct
+  word = (2,) if features.wide else ()
+  id_type = jnp.uint32 if features.wide else jnp.int32
+  per = examples // shards
+  return Batch(
+    dense_BF=shape((examples, len(features.dense)), jnp.float32),
+    ids_BS=shape((examples, len(features.sparse), *word), id_type),
+    label_BT=shape((examples, len(features.tasks)), jnp.float32),
+    weight_B=shape((examples,), jnp.float32),
+    group_B=shape((examples,), jnp.int32),
+    oracle_BT=shape((examples, 0), jnp.float32),
+    sequences={
+      f.name: Jagged(
+        values_E=shape((shards * event_capacity(per * f.max_length), *word), id_type),
+        lengths_B=shape((examples,), jnp.int32),
+      )
+      for f in features.sequence
+    },
+  )
+
+
+def _abstract(mesh: Mesh, tree: Any) -> Any:
+  sharding = NamedSharding(mesh, BATCH)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _look_ups(trainer: Trainer, batch: Batch) -> dict[str, int]:
+  """Stack -> look-ups of one device, padding included."""
+  shards = trainer.mesh.size
+  part = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((x.shape[0] // shards, *x.shape[1:]), x.dtype), batch
+  )
+  found = jax.eval_shape(functools.partial(positions, trainer.tables.layout), part)
+  return {name: x.size for name, x in found.items()}
+
+
+def _with_room(trainer: Trainer, batch: Batch):
+  model = trainer.mesh.shape[MODEL]
+  return trainer.tables.with_capacity(
+    {name: -(-count // model) for name, count in _look_ups(trainer, batch).items()}
+  )
+
+
+def _held(tree: Any) -> int:
+  """Bytes that a device holds of a tree of shapes with their shardings."""
+  return sum(
+    int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )

@@ -1,0 +1,73 @@
+"""Compiles the training step of a config for a GPU cluster that is not here, and says what a device
+holds. Needs the CUDA wheels (`pip install -e ".[cuda12]"`) and no GPU.
+
+python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=2x64
+"""
+
+import json
+import os
+import pathlib
+import runpy
+import sys
+
+import cli
+from absl import flags
+from ml_collections import config_flags
+
+from gemjax.plan import target
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", "h100:1x8", "GPU:HOSTSxGPUS_A_HOST.")
+_MESH = flags.DEFINE_string("mesh", None, "DATAxMODEL; default: by the rule of training.")
+_JSON = flags.DEFINE_string("json", None, "File for the figures; default: none is written.")
+
+
+def main():
+  if reason := target.obstacle():
+    raise target.PlanError(reason)
+  topology = target.parse_topology(_TOPOLOGY.value)
+  from gemjax.plan.training import plan_training
+
+  config = _CONFIG.value
+  config.validate()
+  step = plan_training(config, _features(config), topology, _mesh())
+  limit, budget = topology.target.memory_bytes, step.budget
+  print(f"{config.name} on {_TOPOLOGY.value}, mesh {dict(step.trainer.mesh.shape)}, a device:")
+  for part, size in budget._asdict().items():
+    print(f"  {part:<12} {size / 1e9:8.2f} GB")
+  fits = "fits" if budget.total <= limit else "DOES NOT FIT"
+  print(f"  {'total':<12} {budget.total / 1e9:8.2f} GB of {limit / 1e9:.2f} GB: {fits}")
+  if _JSON.value:
+    figures = {
+      "fits": budget.total <= limit,
+      "bytes_per_device": budget._asdict() | {"total": budget.total},
+    }
+    pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _mesh() -> tuple[int, int] | None:
+  if not _MESH.value:
+    return None
+  try:
+    data, model = map(int, _MESH.value.split("x"))
+  except ValueError:
+    raise target.PlanError(f"--mesh={_MESH.value} must be DATAxMODEL, as 2x64") from None
+  return data, model
+
+
+def _features(config):
+  """Those of the data, or of the config file where it defines `get_features`."""
+  file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+  if get := runpy.run_path(file).get("get_features"):
+    return get()
+  from gemjax.data.prepared import open_prepared
+
+  return open_prepared(config.data.path).features
+
+
+if __name__ == "__main__":
+  if target.has_cuda_wheels() and target.obstacle():
+    # JAX and XLA read these when they are imported; XLA's warnings are about absent GPUs.
+    environment = target.environment() | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+  cli.run(main)

@@ -1,0 +1,108 @@
+"""The training step, compiled for 128 and 256 H100s that are not here."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from gemjax.plan import target
+
+pytestmark = pytest.mark.skipif(
+  not target.has_cuda_wheels(),
+  reason="the CUDA wheels, with which JAX compiles for GPUs, are absent",
+)
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def run(command, environment):
+  done = subprocess.run(
+    [sys.executable, *map(str, command)], env=environment, cwd=ROOT, capture_output=True, text=True
+  )
+  assert not done.returncode, done.stderr[-4000:]
+  return done.stdout
+
+
+@pytest.fixture(scope="module", params=["16x8", "2x64"])
+def step(request, tmp_path_factory):
+  dump = tmp_path_factory.mktemp("dump")
+  found = json.loads(run([HERE / "steps.py", dump, request.param], target.environment(dump)))
+  return found | {"devices": tuple(map(int, request.param.split("x")))}
+
+
+def of_kind(step, kind):
+  return [x for x in step["collectives"] if x["kind"] == kind]
+
+
+def test_rows_and_columns_are_exchanged_inside_the_model_axis_alone(step):
+  exchanges = of_kind(step, "all-to-all")
+  assert {tuple(x["axes"]) for x in exchanges} == {("model",)}
+  once = [x for x in exchanges if not x["dynamic"]]
+  by_part = {p: [x for x in once if f"/{p}/" in x["op_name"]] for p in ("plan", "lookup", "update")}
+  # Ids of the row stack; rows of the row and of the column stack; their gradients.
+  assert {p: len(found) for p, found in by_part.items()} == {"plan": 1, "lookup": 2, "update": 2}
+  assert not of_kind(step, "ragged-all-to-all") and not of_kind(step, "collective-permute")
+
+
+def test_bytes_of_the_exchange_are_those_of_its_buffers(step):
+  """Four bytes an id, four a weight there and back (shrunk by l2, thus not as stored)."""
+  _, model = step["devices"]
+  capacity = step["capacity"]["row64"]
+  remote = (model - 1) * capacity
+  found = {x["op_name"].split("/")[-2]: set() for x in of_kind(step, "all-to-all")}
+  for x in of_kind(step, "all-to-all"):
+    found[x["op_name"].split("/")[-2]].add(x["bytes"])
+  assert found["plan"] == {4 * remote}
+  assert 64 * 4 * remote in found["lookup"] and 64 * 4 * remote in found["update"]
+
+
+def test_kernels_are_gathered_and_their_gradients_scattered_inside_the_model_axis(step):
+  scattered = of_kind(step, "reduce-scatter")
+  assert scattered and {tuple(x["axes"]) for x in scattered} == {("model",)}
+  kernels = [x for x in of_kind(step, "all-gather") if "jvp" in x["op_name"]]
+  assert kernels and {tuple(x["axes"]) for x in kernels} == {("model",)}
+  # bfloat16 there and back: every sharded kernel is gathered twice and scattered once.
+  _, model = step["devices"]
+  moved = (model - 1) / model * step["sharded_kernel_elements"]
+  assert sum(x["bytes"] * x["trips"] for x in kernels) >= 2 * 2 * moved * 0.99
+  reduced = [x for x in of_kind(step, "all-reduce") if x["axes"] == ["data"]]
+  assert sum(x["bytes"] for x in reduced) >= 4 * step["sharded_kernel_elements"] / model
+
+
+def test_no_temporary_has_the_rows_of_a_table(step):
+  assert step["buffers"] == [] and step["allocated"] == []
+  smallest = min(rows * width for rows, width, _ in step["stacks"].values() if rows > 1000)
+  assert smallest > 1e6  # The tables are large enough to be told from activations by their rows.
+
+
+def test_what_is_donated_is_overwritten(step):
+  part = step["budget"]
+  state = sum(part[name] for name in ("tables", "table_state", "dense", "optimizer"))
+  assert step["memory"]["aliased"] >= state
+
+
+def test_no_loop_of_compare_and_swap(step):
+  assert step["cas"] == []
+
+
+def test_ids_of_the_upcoming_batch_travel_behind_the_matrix_products_of_this_one(step):
+  ids = [x for x in of_kind(step, "all-to-all") if "/plan/" in x["op_name"] and not x["dynamic"]]
+  assert all(x["async"] for x in ids)
+  if step["devices"] == (16, 8):
+    assert all(x["matmuls"] > 0 for x in ids)
+
+
+@pytest.mark.parametrize("topology, mesh", [("h100:16x8", "2x64"), ("h100:32x8", "4x64")])
+def test_the_papers_wukong_fits(tmp_path, topology, mesh):
+  file = tmp_path / "plan.json"
+  flags = [f"--topology={topology}", f"--mesh={mesh}", f"--json={file}"]
+  out = run(
+    [ROOT / "launch/plan.py", "--config=configs/wukong_paper.py", *flags], target.environment()
+  )
+  found = json.loads(file.read_text())
+  held = found["bytes_per_device"]
+  assert found["fits"] and held["total"] <= 80e9, out
+  assert held["tables"] * 64 >= 627e9 * 2  # All of the paper's parameters, in bfloat16.
+  assert all(f"{part} " in out for part in held)
