@@ -1,14 +1,17 @@
-"""Placement of tables, and the way from a batch to units."""
+"""From a batch to positions, and from looked-up rows to units."""
 
-import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import FAST
 
-from gemjax.config import ConfigError, Embedding
-from gemjax.embedding import assemble, layout_tables, mean_pool, stack_ids
-from gemjax.features import Batch, FeatureSet, Jagged, Sequence, Sparse
+from gemjax.config import Embedding
+from gemjax.embedding import ShardedTables, assemble, layout_tables
+from gemjax.embedding.lookup import mean_pool, positions
+from gemjax.features import Batch, FeatureSet, Jagged, Sequence, Sparse, split_words
 
 FEATURES = FeatureSet(
   sparse=(
@@ -20,7 +23,14 @@ FEATURES = FeatureSet(
   ),
   sequence=(Sequence(name="history", size=70, table="item", max_length=10),),
 )
-CONFIG = Embedding(dim=4, units={"user": 3}, small_rows=10, small_dim=2)
+
+
+def config(**changes):
+  return Embedding(dim=4, units={"user": 3}, small_rows=10, small_dim=2, **changes)
+
+
+# Items by row, so that their positions are mixed; the rest replicated.
+LAYOUT = layout_tables(FEATURES, config(placement={"item": "row"}))
 
 
 def batch(lengths=(2, 0, 1)):
@@ -40,59 +50,82 @@ def batch(lengths=(2, 0, 1)):
   )
 
 
-def test_tables_of_equal_width_are_stacked_and_shared_tables_appear_once():
-  layout = layout_tables(FEATURES, CONFIG)
-  assert dict(layout.rows) == {12: 100, 4: 70, 2: 14}
-  places = {p.feature: p for p in (*layout.sparse, *layout.sequence)}
-  assert places["item"].offset == places["last"].offset == places["history"].offset == 0
-  assert (places["sex"].small, places["day"].offset, places["user"].units) == (True, 5, 3)
+def at(table, row):
+  stack, offset = LAYOUT.positions(table)
+  return stack.name, (offset + int(row)) * stack.multiplier % stack.rows
 
 
 def test_every_unit_is_the_row_that_its_feature_names():
-  layout, b = layout_tables(FEATURES, CONFIG), batch()
-  ids = stack_ids(layout, b)
+  b = batch()
   # A stack whose row i holds i, i + 1/W, ...: what is read tells where it was read.
-  tables = {w: np.arange(r)[:, None] + np.arange(w) / w for w, r in layout.rows}
-  padded = {w: np.concatenate([t, np.zeros((1, w))]) for w, t in tables.items()}
-  rows = {w: jnp.asarray(padded[w][np.asarray(ids[w])], jnp.float32) for w in tables}
-  units, small = assemble(layout, rows, b)
+  tables = {
+    s.name: np.arange(s.rows)[:, None] + np.arange(s.width) / s.width for s in LAYOUT.stacks
+  }
+  rows = {}
+  for name, position_M in positions(LAYOUT, b).items():
+    padded = np.concatenate([tables[name], np.zeros_like(tables[name][:1])])
+    rows[name] = jnp.asarray(padded[np.asarray(position_M)], jnp.float32)
+  seen = lambda table, row: tables[at(table, row)[0]][at(table, row)[1]]
+  units, small = assemble(LAYOUT, rows, b)
   assert units.shape == (3, 3 + 2 + 1, 4) and small.shape == (3, 2, 2)
   for e in range(3):
     user, item, last, sex, day = b.ids_BS[e]
-    np.testing.assert_allclose(units[e, :3].reshape(-1), tables[12][user], rtol=1e-6)
-    np.testing.assert_allclose(units[e, 3], tables[4][item], rtol=1e-6)
-    np.testing.assert_allclose(units[e, 4], tables[4][last], rtol=1e-6)
-    np.testing.assert_allclose(small[e], tables[2][[sex, 5 + day]], rtol=1e-6)
+    np.testing.assert_allclose(units[e, :3].reshape(-1), seen("user", user), rtol=1e-6)
+    np.testing.assert_allclose(units[e, 3], seen("item", item), rtol=1e-6)
+    np.testing.assert_allclose(units[e, 4], seen("item", last), rtol=1e-6)
+    np.testing.assert_allclose(small[e], [seen("sex", sex), seen("day", day)], rtol=1e-6)
   values = b.sequences["history"].values_E
-  np.testing.assert_allclose(units[0, 5], tables[4][values[:2]].mean(0), rtol=1e-6)
+  events = np.stack([seen("item", v) for v in values])
+  np.testing.assert_allclose(units[0, 5], events[:2].mean(0), rtol=1e-6)
   np.testing.assert_allclose(units[1, 5], 0)
-  np.testing.assert_allclose(units[2, 5], tables[4][values[2]], rtol=1e-6)
+  np.testing.assert_allclose(units[2, 5], events[2], rtol=1e-6)
 
 
-def test_pooling_ignores_poison_behind_the_events():
+def test_the_gradient_goes_to_the_rows_and_a_lookup_reads_what_init_made():
+  """On one device, without a mesh: every unit by ids, and the gradient of a mean by counting."""
+  tables = ShardedTables(layout=LAYOUT, config=config(init_scale=1.0), data=1, model=1)
+  b = batch()
+
+  @functools.partial(jax.jit, compiler_options=FAST)
+  def read(b):
+    stacks = tables.init(jax.random.key(0))
+    return stacks, tables.lookup(stacks, tables.plan(b))
+
+  stacks, rows = read(b)
+  for name, position_M in positions(LAYOUT, b).items():
+    used_M = np.asarray(position_M) < len(stacks[name].rows_RW)
+    expected = np.asarray(stacks[name].rows_RW)[np.asarray(position_M)[used_M]]
+    np.testing.assert_array_equal(np.asarray(rows[name])[used_M], expected)
+    assert not np.any(np.asarray(rows[name])[~used_M])
+  grads = jax.grad(lambda rows: assemble(LAYOUT, rows, b)[0].sum())(rows)
+  name = LAYOUT.positions("item")[0].name
+  assert grads[name].shape == (2 * 3 + 8, 4)  # Two features, eight slots for events.
+  np.testing.assert_array_equal(grads[name][:6], 1)
+  np.testing.assert_array_equal(grads[name][6:, 0], [0.5, 0.5, 1, 0, 0, 0, 0, 0])
+
+
+def test_pooling_ignores_what_lies_behind_the_events():
   rows = jnp.asarray([[1.0], [3.0], [5.0], [jnp.nan]])
   pooled = mean_pool(rows, Jagged(np.zeros(4, np.int32), np.array([0, 2, 1], np.int32)))
   np.testing.assert_allclose(pooled, [[0], [2], [5]])
 
 
-def test_events_behind_the_last_one_read_padding():
-  ids = stack_ids(layout_tables(FEATURES, CONFIG), batch((1, 1, 0)))
-  assert np.all(np.asarray(ids[4])[-6:] == 70)
+def test_events_behind_the_last_one_stand_one_beyond_the_last_row():
+  stack = LAYOUT.positions("item")[0]
+  position_M = np.asarray(positions(LAYOUT, batch((1, 1, 0)))[stack.name])
+  assert position_M.dtype == np.uint64
+  assert np.all(position_M[-6:] == stack.rows) and np.all(position_M[:-6] < stack.rows)
 
 
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"units": {"usr": 2}}, "names 'usr', but the features are"),
-    ({"units": {"item": 2, "last": 3}}, "share table 'item'"),
-  ],
-)
-def test_a_config_that_does_not_fit_the_features_names_the_field(change, message):
-  with pytest.raises(ConfigError, match=message):
-    layout_tables(FEATURES, dataclasses.replace(CONFIG, **change))
-
-
-def test_a_stack_of_more_rows_than_int32_counts_is_refused():
-  big = FeatureSet(sparse=tuple(Sparse(name=n, size=2**30, table=n) for n in "abc"))
-  with pytest.raises(ConfigError, match=r"3221225472 rows, but a row number must stay below 2\^31"):
-    layout_tables(big, Embedding(dim=4))
+@pytest.mark.parametrize("lengths", [(2, 0, 1), (0, 0, 0)])
+def test_ids_in_two_words_stand_where_ids_in_one_stand(lengths):
+  """In a wide feature set small tables have words as well."""
+  b = batch(lengths)
+  history = b.sequences["history"]
+  words = b._replace(
+    ids_BS=split_words(b.ids_BS),
+    sequences={"history": Jagged(split_words(history.values_E), history.lengths_B)},
+  )
+  one, two = positions(LAYOUT, b), positions(LAYOUT, words)
+  for name in one:
+    np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(two[name]))

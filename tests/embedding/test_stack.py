@@ -1,4 +1,4 @@
-"""Lookup and sparse updates against dense float64 oracles."""
+"""One stack on one device against whole tables in float64: optimisers, shrinking, rounding."""
 
 import functools
 
@@ -6,158 +6,155 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense import EPS, DenseTable, summed
+from meshes import FAST
 
+from gemjax.embedding.duplicates import by_scan, find_duplicates, sum_duplicates, sum_runs
 from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS
-from gemjax.embedding.stack import StackRule, round_stochastically, sum_duplicates
+from gemjax.embedding.stack import Held, StackRule, round_stochastically
 
 R, W, M = 50, 4, 32
-LR, EPS = 0.1, 1e-8
-
-
-class DenseOracle:
-  """The optimisers written again over whole tables, in float64, row by row."""
-
-  def __init__(self, name, rows_RW, decay=0.0, l2=0.0):
-    self.name, self.decay, self.l2 = name, decay, l2
-    self.w = np.array(rows_RW, np.float64)
-    self.v = np.zeros_like(self.w)
-    self.m = np.zeros_like(self.w)
-    self.n = np.zeros(len(self.w))
-
-  def update(self, ids, grads, lr):
-    self.w *= 1 - lr * self.decay  # Every row, at every step.
-    self.w *= np.exp(-lr * self.l2 * np.array([self._scale(i) for i in range(R)]))
-    total = {}
-    for i, g in zip(ids, np.asarray(grads, np.float64)):
-      total[int(i)] = total.get(int(i), 0) + g
-    for i, g in total.items():
-      if i < R:
-        self.w[i] -= lr * self._direction(i, g)
-
-  def _scale(self, i):
-    v = self.v[i]
-    if self.name == "lazy_adam":
-      v = v / (1 - 0.999 ** max(1, self.n[i]))
-    return np.ones_like(v) if self.name == "sgd" else 1 / (np.sqrt(v) + EPS)
-
-  def _direction(self, i, g):
-    if self.name == "sgd":
-      return g
-    if self.name == "lazy_adam":
-      self.n[i] += 1
-      self.m[i] = 0.9 * self.m[i] + 0.1 * g
-      self.v[i] = 0.999 * self.v[i] + 0.001 * g**2
-      m, v = self.m[i] / (1 - 0.9 ** self.n[i]), self.v[i] / (1 - 0.999 ** self.n[i])
-      return m / (np.sqrt(v) + EPS)
-    self.v[i] += np.mean(g**2) if self.name == "rowwise_adagrad" else g**2
-    return g / (np.sqrt(self.v[i]) + EPS)
+LR = 0.1
+HELD, KEY = Held.whole(R, W), jax.random.key(0)
+jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def make(name, decay=0.0, dtype="float32", l2=0.0):
   rule = StackRule(
     optimizer=ROW_OPTIMIZERS[name](EPS), decay=decay, l2=l2, init_scale=1.0, dtype=dtype
   )
-  return rule, rule.init(jax.random.key(0), R, W)
+  return rule, jit(lambda: rule.init(KEY, HELD))()
+
+
+@functools.partial(jit, static_argnums=0)
+def update(rule, stack, row_M, grad_MW, lr):
+  segments = find_duplicates(row_M, R)
+  grad_UW = sum_duplicates(segments, grad_MW)
+  return rule.write(stack, segments.unique_U, grad_UW, lr, KEY, HELD)
 
 
 def batches(steps, seed=0):
-  """Zipf-skewed ids with duplicates; the last is always padding (id R)."""
+  """Zipf-skewed rows with duplicates; the last is always padding (row R)."""
   rng = np.random.default_rng(seed)
   for _ in range(steps):
-    ids = np.minimum(rng.zipf(1.3, M) - 1, R - 1).astype(np.int32)
-    ids[-1] = R
-    yield ids, rng.normal(size=(M, W)).astype(np.float32)
+    row_M = np.minimum(rng.zipf(1.3, M) - 1, R - 1).astype(np.int32)
+    row_M[-1] = R
+    yield row_M, rng.normal(size=(M, W)).astype(np.float32)
 
 
 @pytest.mark.parametrize(("decay", "l2"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.05)])
 @pytest.mark.parametrize("name", sorted(ROW_OPTIMIZERS))
 def test_update_equals_the_dense_oracle_under_a_schedule(name, decay, l2):
   rule, stack = make(name, decay, l2=l2)
-  oracle = DenseOracle(name, stack.rows_RW, decay, l2)
-  update = jax.jit(rule.update)
-  for t, (ids, grads) in enumerate(batches(60), 1):
+  oracle = DenseTable(stack.rows_RW, name, decay, l2)
+  for t, (row_M, grad_MW) in enumerate(batches(60), 1):
     lr = LR * min(1.0, t / 10) * (0.5 if t > 40 else 1.0)
-    stack = update(stack, ids, grads, jnp.float32(lr))
-    oracle.update(ids, grads, lr)
+    stack = update(rule, stack, row_M, grad_MW, np.float32(lr))
+    oracle.step(*summed(R, row_M[:-1], grad_MW[:-1]), lr)
     if t % 20 == 0:  # What is read is what a dense optimiser would hold, touched or not.
-      read = rule.lookup(stack, jnp.arange(R))
+      read = rule.read(stack, jnp.arange(R))
       np.testing.assert_allclose(read, oracle.w, rtol=2e-5, atol=2e-5)
 
 
 def test_a_row_that_was_not_looked_up_keeps_its_bits():
   rule, stack = make("rowwise_adagrad", decay=0.3)
-  new = rule.update(stack, jnp.array([3, 7, 3]), jnp.ones((3, W)), jnp.float32(LR))
-  others = [i for i in range(R) if i not in (3, 7)]
-  np.testing.assert_array_equal(new.rows_RW[jnp.array(others)], stack.rows_RW[jnp.array(others)])
-  np.testing.assert_array_equal(new.slots["v"][jnp.array(others)], 0)
-  assert np.all(new.rows_RW[jnp.array([3, 7])] != stack.rows_RW[jnp.array([3, 7])])
+  new = update(rule, stack, np.array([3, 7, 3], np.int32), jnp.ones((3, W)), LR)
+  others, touched = np.delete(np.arange(R), [3, 7]), np.array([3, 7])
+  np.testing.assert_array_equal(new.rows_RW[others], stack.rows_RW[others])
+  np.testing.assert_array_equal(new.slots["v"][others], 0)
+  assert np.all(new.rows_RW[touched] != stack.rows_RW[touched])
 
 
 def test_decay_stays_exact_after_a_hundred_thousand_steps():
-  """C_t in plain float32 would be off by percents here: it adds 1e-4 to sums near -10."""
+  """C_t in plain float32 would be off by percents here: it adds 1e-4 to sums near 10."""
   rule, stack = make("sgd", decay=1.0)
   lr, steps = 1e-4, 100_000
+  row_1 = jnp.zeros(1, jnp.int32)
 
   def body(_, stack):
-    return rule.update(stack, jnp.array([0]), jnp.zeros((1, W)), jnp.float32(lr))
+    return rule.write(stack, row_1, jnp.zeros((1, W)), jnp.float32(lr), KEY, HELD)
 
   before = np.asarray(stack.rows_RW, np.float64)
-  stack = jax.jit(lambda s: jax.lax.fori_loop(0, steps, body, s))(stack)
+  stack = jit(lambda s: jax.lax.fori_loop(0, steps, body, s))(stack)
   expected = before * (1 - np.float64(np.float32(lr))) ** steps
-  np.testing.assert_allclose(rule.lookup(stack, jnp.array([5])), expected[5:6], rtol=1e-5)
+  np.testing.assert_allclose(rule.read(stack, jnp.array([5])), expected[5:6], rtol=1e-5)
   # Row 0 was written at every one of those steps, so that its float32 roundings add up.
-  np.testing.assert_allclose(rule.lookup(stack, jnp.array([0])), expected[:1], rtol=1e-3)
+  np.testing.assert_allclose(rule.read(stack, jnp.array([0])), expected[:1], rtol=1e-3)
+
+
+def test_the_clock_moves_once_a_step_although_rows_are_written_in_rounds():
+  rule, stack = make("adagrad", decay=0.3)
+  row_U, grad_UW = jnp.arange(4), jnp.ones((4, W))
+
+  def write(stack, rows, **tick):
+    return rule.write(stack, row_U[rows], grad_UW[rows], jnp.float32(LR), KEY, HELD, **tick)
+
+  once = jit(lambda s: write(s, slice(4)))(stack)
+  twice = jit(lambda s: write(write(s, slice(2)), slice(2, 4), tick=False))(stack)
+  jax.tree.map(np.testing.assert_array_equal, once, twice)
 
 
 def test_padding_reads_zeros_and_writes_nothing():
   rule, stack = make("adagrad")
-  assert not np.any(rule.lookup(stack, jnp.array([R])))
-  new = rule.update(stack, jnp.full((4,), R), jnp.full((4, W), jnp.nan), jnp.float32(LR))
+  assert not np.any(rule.read(stack, jnp.array([R])))
+  new = update(rule, stack, np.full(4, R, np.int32), jnp.full((4, W), jnp.nan), LR)
   np.testing.assert_array_equal(new.rows_RW, stack.rows_RW)
 
 
-def test_order_of_a_batch_does_not_matter_for_which_rows_are_summed():
-  ids, grads = next(iter(batches(1)))
-  unique, sums = sum_duplicates(jnp.asarray(ids), jnp.asarray(grads), R)
-  real = np.unique(ids)
-  np.testing.assert_array_equal(unique[: len(real)], real)
-  assert np.all(unique[len(real) :] == R)
-  for i, row in zip(real, np.asarray(sums)):
-    np.testing.assert_allclose(row, grads[ids == i].astype(np.float64).sum(0), rtol=1e-5, atol=1e-6)
+def test_equal_rows_are_summed_and_the_order_of_a_batch_does_not_matter():
+  row_M, grad_MW = next(iter(batches(1)))
+  for order in (np.arange(M), np.random.default_rng(1).permutation(M)):
+    segments = find_duplicates(jnp.asarray(row_M[order]), R)
+    sums = np.asarray(sum_duplicates(segments, jnp.asarray(grad_MW[order])))
+    real, unique = np.unique(row_M), np.asarray(segments.unique_U)
+    np.testing.assert_array_equal(unique[: len(real)], real)
+    assert np.all(unique[len(real) :] == R)
+    for i, row in zip(real, sums):
+      expected = grad_MW[row_M == i].astype(np.float64).sum(0)
+      np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_rows_are_rounded_without_bias():
+@pytest.mark.parametrize(
+  ("size", "different"), [(1, 1), (33, 5), (1_100, 1), (1_100, 7), (1_100, 900)]
+)
+def test_sums_of_runs_by_scatter_and_by_scan(size, different):
+  """The scan is what a GPU runs."""
+  rng = np.random.default_rng(size)
+  segment_N = np.unique(np.sort(rng.integers(0, different, size)), return_inverse=True)[1]
+  x_NW, count = rng.normal(size=(size, 3)).astype(np.float32), size + 5
+  expected = np.zeros((count, 3))
+  np.add.at(expected, segment_N, x_NW.astype(np.float64))
+  segment_N = jnp.asarray(segment_N, jnp.int32)
+  scatter, scan = jit(lambda x, s: (sum_runs(x, s, count), by_scan(x, s, count=count)))(
+    x_NW, segment_N
+  )
+  for total_UW in (scatter, scan):
+    np.testing.assert_allclose(total_UW, expected, rtol=1e-5, atol=1e-5)
+  weight_UW = rng.normal(size=(count, 3)).astype(np.float32)
+  grad_NW = jax.grad(lambda x: (sum_runs(x, segment_N, count) * weight_UW).sum())(x_NW)
+  np.testing.assert_array_equal(grad_NW, weight_UW[segment_N])
+
+
+def test_bfloat16_is_rounded_without_bias():
   x = jnp.full((200_000,), 1 + 1 / 512)  # A quarter of the way between two bfloat16 values.
-  rounded = np.asarray(round_stochastically(x, jax.random.key(0)), np.float64)
+  noise = jax.random.bits(KEY, x.shape, jnp.uint16)
+  rounded = np.asarray(round_stochastically(x, noise), np.float64)
   assert set(np.unique(rounded)) == {1.0, 1 + 1 / 128}
   assert abs(rounded.mean() - (1 + 1 / 512)) < 5 * (1 / 128) * np.sqrt(3 / 16 / 200_000)
   odd = np.array([np.inf, -np.inf, np.nan], np.float32)
-  kept = round_stochastically(jnp.asarray(odd), jax.random.key(0)).astype(jnp.float32)
+  kept = round_stochastically(jnp.asarray(odd), noise[:3]).astype(jnp.float32)
   np.testing.assert_array_equal(kept, odd)
 
 
 def test_bfloat16_tables_follow_the_oracle_in_the_mean():
   """Steps far below the spacing of bfloat16 must not vanish: nearest rounding would stay at w."""
+  held = Held.whole(4096, W)
   rule = StackRule(optimizer=ROW_OPTIMIZERS["sgd"](), init_scale=0.0, dtype="bfloat16")
-  stack = rule.init(jax.random.key(0), 4096, W)
+  stack = jit(lambda: rule.init(KEY, held))()
   stack = stack._replace(rows_RW=jnp.ones_like(stack.rows_RW))
-  ids, grads = jnp.arange(4096), jnp.ones((4096, W))
-  update = jax.jit(rule.update)
+  row_U, grad_UW = jnp.arange(4096), jnp.ones((4096, W))
+  step = jit(lambda s, key: rule.write(s, row_U, grad_UW, jnp.float32(1e-4), key, held))
   for t in range(20):
-    stack = update(stack, ids, grads, jnp.float32(1e-4), jax.random.key(t))
+    stack = step(stack, jax.random.key(t))
   assert stack.rows_RW.dtype == jnp.bfloat16
   assert abs(float(stack.rows_RW.astype(jnp.float32).mean()) - (1 - 20e-4)) < 2e-4
-
-
-@pytest.mark.parametrize("name", sorted(ROW_OPTIMIZERS))
-def test_the_compiled_update_has_no_temporary_of_a_tables_size(name):
-  rows = 1_000_003
-  rule = StackRule(optimizer=ROW_OPTIMIZERS[name](EPS), decay=0.1)
-  stack = jax.eval_shape(functools.partial(rule.init, rows=rows, width=W), jax.random.key(0))
-  args = (stack, jax.ShapeDtypeStruct((M,), jnp.int32), jax.ShapeDtypeStruct((M, W), jnp.float32))
-  scalar = jax.ShapeDtypeStruct((), jnp.float32)
-  compiled = jax.jit(rule.update, donate_argnums=0).lower(*args, scalar).compile()
-  memory = compiled.memory_analysis()
-  table = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stack))
-  assert memory.alias_size_in_bytes >= table - 8  # Overwritten in place.
-  assert memory.temp_size_in_bytes < 100_000 < rows
