@@ -1,13 +1,13 @@
-"""Wukong at the size the paper trains inside Meta (arXiv 2403.02545, section 5): 720 features, d = 160,
-8 layers of 96/96 units, k = 96, MLP 3 x 8192, batch 262,144, 627 billion table parameters.
+"""Wukong at the size the paper trains inside Meta (arXiv 2403.02545, section 5): 720 features,
+d = 160, 8 layers of 96/96 units, k = 96, MLP 3 x 8192, batch 262,144, 627 billion table parameters.
 
 There is no data for it: it is for planning, on a machine without a GPU.
 
   python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=2x64
   python launch/plan.py --config=configs/wukong_paper.py --topology=h100:32x8 --mesh=4x64
 
-The paper gives neither the sizes of the tables nor the optimiser's schedule: the rows follow a power
-law (ours), the rest is its Criteo recipe.
+The paper gives neither the sizes of the tables nor the schedule: rows follow a power law (ours),
+the rest is its Criteo recipe.
 """
 
 from gemjax import config as c
