@@ -93,7 +93,8 @@ def lazy_adam(
     new = {
       "m": b1 * slots["m"] + (1 - b1) * grad_MW,
       "v": b2 * slots["v"] + (1 - b2) * jnp.square(grad_MW),
-      "n": slots["n"] + 1,
+      # A finite gradient counts; so that n, too, comes from the gradient (StackRule.write).
+      "n": slots["n"] + jnp.isfinite(grad_MW[:, 0]),
     }
     return lr * (new["m"] / unbiased(b1, new["n"])) * scale(new), new
 

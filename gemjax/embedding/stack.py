@@ -142,7 +142,11 @@ class StackRule:
       mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
     )
     arrays = (stack.rows_RW, stack.slots, stack.marks_R)
-    rows_UW, slots, marks_U = jax.tree.map(gather, arrays)
+    # All reads, of the forward pass behind the gradient too, before the first write: without an
+    # order XLA copies whole arrays to keep their old values. (XLA for GPUs keeps the barrier; that
+    # for CPUs drops it and sees the order only where what is written comes from the gradient.)
+    gathered = jax.tree.map(gather, arrays)
+    (rows_UW, slots, marks_U), grad_UW = jax.lax.optimization_barrier((gathered, grad_UW))
     scatter = lambda array, new: array.at[row_U].set(
       new.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
     )
@@ -152,9 +156,8 @@ class StackRule:
     if self.shrinks:
       clock = self._ticked(clock, learning_rate) if tick else clock
       rows_UW *= self._shrunk(slots, clock[0] - marks_U)
-      # This is C_t, which only grows, for every row with a finite gradient. Written so that marks
-      # are seen to be read, by the forward pass behind the gradient and above, before they are
-      # written: without an order XLA copies all R of them to keep the old values.
+      # This is C_t, which only grows, for every row with a finite gradient; so that it comes from
+      # what was read.
       grown_U = jnp.maximum(clock[0], marks_U)
       new_marks_U = jnp.where(jnp.isfinite(grad_UW[:, 0]), grown_U, marks_U)
     new_UW = self._rounded(rows_UW - delta_UW, key, held, row_U)
