@@ -30,13 +30,17 @@ def rate(t):
   return np.float32(0.1 * min(1.0, (t + 1) / 4) * (0.5 if t > 7 else 1.0))
 
 
+def make_mesh(data, model):
+  auto, devices = (jax.sharding.AxisType.Auto,) * 2, jax.devices()[: data * model]
+  return jax.make_mesh((data, model), (DATA, MODEL), auto, devices=devices)
+
+
 class Run:
   """`capacity` of 0 is room for all ids of a batch."""
 
   def __init__(self, data, model, rules, capacity=0, replicas="exact"):
     self.data, self.model, self.devices = data, model, data * model
-    auto, devices = (jax.sharding.AxisType.Auto,) * 2, jax.devices()[: data * model]
-    self.mesh = jax.make_mesh((data, model), (DATA, MODEL), auto, devices=devices)
+    self.mesh = make_mesh(data, model)
     self.capacity = capacity or 4 * B
     self.tables = {
       name: ShardedTables(
