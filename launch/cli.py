@@ -1,6 +1,7 @@
 """What every binary does around its `main`: one sentence for an error, an exit code for all."""
 
 import sys
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -17,6 +18,8 @@ def run(main: Callable[[], int | None]) -> None:
   set_up_process()
   logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback beside every error it raises.
   sys.unraisablehook = _unraisable
+  # What a failed save of Orbax leaves behind; its error is ours to tell.
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 

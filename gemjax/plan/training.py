@@ -89,9 +89,7 @@ def plan_training(
   def training_step(state, plans, batch, upcoming):
     return train_step(trainer, state, plans, batch, upcoming)
 
-  jitted = jax.jit(
-    training_step, donate_argnums=(0, 1), out_shardings=(trainer.shardings, None, None)
-  )
+  jitted = jax.jit(training_step, donate_argnums=0, out_shardings=(trainer.shardings, None, None))
   compiled = compile_for(jitted, (state, plans, batch, batch))
   rows = sum(
     4 * held * next(s.width for s in trainer.tables.layout.stacks if s.name == name)
@@ -104,7 +102,7 @@ def plan_training(
     dense=_held(state.params),
     optimizer=_held(state.opt_state),
     batch=2 * _held(batch),
-    exchange=_held(plans) + min(2 * rows, temporaries),
+    exchange=2 * _held(plans) + min(2 * rows, temporaries),
     activations=max(0, temporaries - 2 * rows),
   )
   return PlannedStep(trainer, compiled, budget)

@@ -49,7 +49,7 @@ class Programs:
       self._trainer = measured(self._trainer, batch)
       self._step = Compiled(
         functools.partial(train_step, self._trainer),
-        donate=(0, 1),
+        donate=(0,),
         out_shardings=(self._shardings, None, None),
       )
     return jax.jit(functools.partial(plan_step, self._trainer))(batch)
@@ -57,7 +57,7 @@ class Programs:
   def step(
     self, state: TrainState, plans: Plans, batch: Batch, upcoming: Batch
   ) -> tuple[TrainState, Plans, Report]:
-    """`train_step`; state and plans are overwritten."""
+    """`train_step`; the state is overwritten."""
     return self._step(state, plans, batch, upcoming)
 
   def average(self, state: TrainState) -> TrainState:

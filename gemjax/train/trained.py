@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -12,11 +11,11 @@ from gemjax import config as config_lib
 from gemjax.checkpoint import Checkpoints
 from gemjax.data.pipeline import evaluation_batches
 from gemjax.data.prepared import PreparedData, open_prepared
-from gemjax.train.compiled import Compiled
+from gemjax.train.devices import open_mesh
 from gemjax.train.evaluate import evaluate
+from gemjax.train.programs import Programs
 from gemjax.train.source import open_data
-from gemjax.train.state import TrainState, init_state, make_trainer
-from gemjax.train.step import predict_step
+from gemjax.train.state import TrainState, make_trainer
 from gemjax.train.workdir import CHECKPOINTS, RUN, WorkdirError, check_features, read_run
 
 
@@ -56,11 +55,14 @@ def evaluate_run(
   checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
   if step is None:
     step = checkpoints.notes()["best"]["step"]  # None, thus the latest, before any evaluation.
-  trainer = make_trainer(config, found.features, steps=1)  # Its schedules are not used.
-  like = jax.eval_shape(functools.partial(init_state, trainer, config.train.seed))
-  state: TrainState = checkpoints.restore(like, step).state
+  if config.mesh.data * config.mesh.model > jax.device_count():  # Trained on a larger machine.
+    config.mesh = config_lib.Mesh()
+  mesh, _ = open_mesh(config, found.features)
+  trainer = make_trainer(config, found.features, steps=1, mesh=mesh)  # Its schedules are not used.
+  state: TrainState = checkpoints.restore(trainer.abstract(), step).state
   checkpoints.close()
-  batches = evaluation_batches(found, split, batch_size=config.data.eval_batch_size)
-  predict = Compiled(functools.partial(predict_step, trainer))
-  results = evaluate(predict, state, batches, found.features)
+  batches = evaluation_batches(
+    found, split, batch_size=config.data.eval_batch_size, shards=mesh.size
+  )
+  results = evaluate(Programs(trainer).predict, state, batches, found.features)
   return Evaluated(config.name, int(state.step), found, results)

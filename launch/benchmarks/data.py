@@ -3,14 +3,12 @@
 Both are medians over repeats that alternate within one run, each alone on the machine's cores.
 """
 
-import functools
 import itertools
 import pathlib
 import statistics
 import tempfile
 import time
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -18,9 +16,9 @@ from gemjax.config import Config, Embedding, Wukong
 from gemjax.data.pipeline import train_batches
 from gemjax.data.prepared import PreparedData, PreparedWriter
 from gemjax.features import RESERVED, Batch, Dense, FeatureSet, Sparse
-from gemjax.train.compiled import Compiled
-from gemjax.train.state import init_state, make_trainer
-from gemjax.train.step import train_step
+from gemjax.parallel.arrays import to_devices
+from gemjax.train.programs import Programs
+from gemjax.train.state import make_trainer
 
 EXAMPLES, BATCH, REPEATS, STEPS = 2_000_000, 4096, 7, 2
 ROWS = 1_000_000  # Of all tables together.
@@ -75,15 +73,16 @@ def wukong_step(features: FeatureSet, batch: Batch):
     model=Wukong(layers=3, fmb_units=40, lcb_units=40, rank=8, mlp=(512, 256), head=(512, 256)),
   )
   trainer = make_trainer(config, features, steps=1000)
-  step_fn = Compiled(functools.partial(train_step, trainer), donate=(0,))
-  state = jax.jit(functools.partial(init_state, trainer, 0))()
-  state, _ = step_fn(state, batch)
+  programs, state = Programs(trainer), trainer.born()
+  batch = to_devices(trainer.mesh, batch)
+  plans = programs.plan(batch)
+  state, plans, _ = programs.step(state, plans, batch, batch)
 
   def steps():
-    nonlocal state
+    nonlocal state, plans
     for _ in range(STEPS):
-      state, loss = step_fn(state, batch)
-    loss.block_until_ready()
+      state, plans, report = programs.step(state, plans, batch, batch)
+    report.loss.block_until_ready()
 
   return steps
 

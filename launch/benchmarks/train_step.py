@@ -5,7 +5,6 @@ Peers take turns with gemjax within one run on the same cores; figures are media
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,11 +18,12 @@ from benchmarks.own_process import OwnProcess
 from tqdm import tqdm
 
 from gemjax.config import Config, Embedding, Optimizer, Wukong
-from gemjax.embedding import StackRule
+from gemjax.embedding.replicated import Replicated
 from gemjax.embedding.row_optimizers import rowwise_adagrad
+from gemjax.embedding.stack import Held, StackRule
 from gemjax.features import Batch, FeatureSet, Sparse
-from gemjax.train.state import TrainState, init_state, make_trainer
-from gemjax.train.step import train_step
+from gemjax.train.state import Trainer, TrainState, make_trainer
+from gemjax.train.step import plan_step, train_step
 
 REPEATS, LOSSES = 9, 20
 
@@ -52,9 +52,9 @@ def against_pytorch() -> dict[str, float]:
   Plain PyTorch runs in a process of its own. The same in this process, where it has the allocator
   that gemjax's binaries set, tells how much of the ratio is the allocator's.
   """
-  _, state, step = _wukong(peer.ROWS)
+  trainer, state, step = _wukong(peer.ROWS)
   rows = _per_field(peer.ROWS) * peer.FIELDS
-  weights = torch_weights(state)
+  weights = torch_weights(trainer, state)
   plain = OwnProcess(peer.trainer_of, weights, rows)
   tuned = peer.trainer_of(weights, rows)
   rng = np.random.default_rng(0)
@@ -102,16 +102,15 @@ def against_fbgemm() -> dict[str, float]:
     ids_M = fbgemm.draw_ids(rng, kind)
     plain = OwnProcess(fbgemm.FbgemmTable, weights_RD)
     tuned = fbgemm.FbgemmTable(weights_RD)
-    rule = StackRule(optimizer=rowwise_adagrad(fbgemm.EPS))
-    stack = rule.init(jax.random.key(0), fbgemm.ROWS, fbgemm.DIM)
+    held = Held.whole(fbgemm.ROWS, fbgemm.DIM)
+    stack, lookup, update = _table(held)
     stack = stack._replace(rows_RW=jnp.array(weights_RD))
     ids, grad = jnp.asarray(ids_M, jnp.int32), jnp.asarray(grad_MD)
-    lookup, update = jax.jit(rule.lookup), jax.jit(rule.update, donate_argnums=0)
     seconds = {"gemjax": [], "plain": [], "tuned": []}
     for _ in tqdm(range(REPEATS + 2), desc=f"gemjax and FBGEMM, {kind}"):
       start = time.perf_counter()
-      jax.block_until_ready(lookup(stack, ids))
-      stack = jax.block_until_ready(update(stack, ids, grad, jnp.float32(fbgemm.RATE)))
+      _, plan = jax.block_until_ready(lookup(stack, ids))
+      stack = jax.block_until_ready(update(stack, plan, grad, jnp.float32(fbgemm.RATE)))
       seconds["gemjax"].append(time.perf_counter() - start)
       seconds["plain"].append(sum(plain.call("step", ids_M, grad_MD)[0]))
       seconds["tuned"].append(sum(tuned.step(ids_M, grad_MD)))
@@ -128,10 +127,23 @@ def against_fbgemm() -> dict[str, float]:
   return figures | {"sparse_speed_over_fbgemm": min(ratios)}
 
 
-def torch_weights(state: TrainState) -> dict[str, np.ndarray]:
+def _table(held: Held):
+  """(stack, jitted look-up of ids, jitted update) of one table on one device."""
+  rule, table = StackRule(optimizer=rowwise_adagrad(fbgemm.EPS)), Replicated(held=held, axes=())
+  key = jax.random.key(0)
+
+  def lookup(stack, ids):
+    plan = table.plan(ids)
+    return table.lookup(rule, stack, plan), plan
+
+  update = lambda stack, plan, grad, rate: table.update(rule, stack, plan, grad, rate, key)
+  return rule.init(key, held), jax.jit(lookup), jax.jit(update, donate_argnums=0)
+
+
+def torch_weights(trainer: Trainer, state: TrainState) -> dict[str, np.ndarray]:
   """The weights of the benchmark's Wukong under the names of the peer's `state_dict`."""
   model = jax.tree.map(np.asarray, state.params["model"])
-  out = {"table.weight": np.asarray(state.stacks[peer.DIM].rows_RW)}
+  out = {"table.weight": _rows(trainer, state)}
 
   def put_mlp(name, tree):
     for i, layer in tree["layers"].items():
@@ -153,6 +165,14 @@ def torch_weights(state: TrainState) -> dict[str, np.ndarray]:
     put_mlp(f"{name}.mlp", layer["mlp"])
   put_mlp("head", model["heads"]["heads"][0])
   return out
+
+
+def _rows(trainer: Trainer, state: TrainState) -> np.ndarray:
+  """The tables one behind the other."""
+  (stack,) = trainer.tables.layout.stacks
+  count = _per_field(peer.ROWS) * peer.FIELDS
+  position_R = np.arange(count) * stack.multiplier % stack.rows
+  return np.asarray(state.stacks[stack.name].rows_RW)[position_R]
 
 
 def _per_field(rows: int) -> int:
@@ -180,8 +200,13 @@ def _wukong(rows: int):
     optimizer=Optimizer(learning_rate=peer.DENSE_RATE, warmup=0.1),
   )
   trainer = make_trainer(config, features, steps=10 * peer.WARMUP)
-  state = jax.jit(functools.partial(init_state, trainer, 0))()
-  return trainer, state, jax.jit(functools.partial(train_step, trainer), donate_argnums=0)
+
+  def step(state, batch):
+    # As in training, where the plan comes from the step before and the next one's is made.
+    state, _, report = train_step(trainer, state, plan_step(trainer, batch), batch, batch)
+    return state, report.loss
+
+  return trainer, trainer.born(), jax.jit(step, donate_argnums=0)
 
 
 def _batch(rng: np.random.Generator, rows: int) -> Batch:

@@ -107,10 +107,14 @@ def test_a_config_that_does_not_fit_the_data(config, data, tmp_path, capsys):
   config.train.task_weights = {"buys": 1.0}
   refuses(capsys, config, run, "config.train.task_weights", "'buys'", "['click', 'buy']")
   config.train.task_weights = {}
-  config.embedding.small_rows, config.embedding.small_dim = 50, 4
-  config.embedding.units = {"item": 1}
-  refuses(capsys, config, run, "config.embedding.small_dim is 4", "small_rows = 0")
-  config.embedding.small_rows, config.embedding.units = 0, {}
+  config.embedding.placement = {"usr": "row"}
+  refuses(capsys, config, run, "config.embedding.placement", "'usr'", "'user', 'item'")
+  config.embedding.placement = {}
+  config.mesh = c.Mesh(data=3, model=3)
+  refuses(capsys, config, run, "data 3 x model 3 = 9 devices", "there are 8")
+  config.mesh = c.Mesh(data=5, model=1)
+  refuses(capsys, config, run, "batch 48", "5 devices of the mesh", "config.mesh")
+  config.mesh = c.Mesh(data=1, model=1)
   config.model = c.Logistic()
   refuses(capsys, config, run, "embedding.dim")
   assert not (run / RUN).exists() and not (run / "tensorboard").exists()
@@ -319,12 +323,10 @@ def test_a_disk_that_fills_during_a_save(trained, config, tmp_path, capsys, monk
   assert train(config, run)["test"] == json.loads((trained / SUMMARY).read_text())["test"]
 
 
-def test_a_full_disk_is_one_sentence_on_stderr(trained, data, cache, tmp_path):
+def test_a_full_disk_is_one_sentence_on_stderr(data, tmp_path):
   """Orbax and TensorStore, left alone, add pages of tracebacks."""
-  with full_disk(at=10_000):
-    process = tiny.start(
-      "train", cache=cache, config=tiny.FILE, workdir=tmp_path / "w", config__data__path=data
-    )
+  with full_disk(at=10_000):  # No compiled programs of others, which would be cut short as well.
+    process = tiny.start("train", config=tiny.FILE, workdir=tmp_path / "w", config__data__path=data)
   error = tiny.sentence(process, 1)
   assert "checkpoints failed" in error and "File too large" in error and "free the disk" in error
   assert not list((tmp_path / "w" / CHECKPOINTS).iterdir())

@@ -38,6 +38,7 @@ def get_config(model: str = "wukong") -> c.Config:
   return c.Config(
     name=f"tiny_{model}",
     data=c.Data(path="SET BY A FLAG", batch_size=48, eval_batch_size=320, window_blocks=2),
+    mesh=c.Mesh(data=1, model=1),  # Whatever devices a test process has.
     embedding=c.Embedding(
       dim=2 if model == "logistic" else 4, units={} if model in ("logistic", "fm") else {"user": 2},
       learning_rate=0.3, weight_decay=0.1, dense_mlp=(4,), dtype="bfloat16",
