@@ -172,7 +172,8 @@ class StackRule:
 
     def mean(i, stack):
       start = jnp.minimum(i * chunk, held.rows - chunk)
-      # The last chunk reaches back into the one before it: a mean of equal rows is the row.
+      # The last chunk reaches back into the one before it: a mean of equal rows is the row, but for
+      # a last bit where their number is no power of two.
       arrays = (stack.rows_RW, stack.slots, stack.marks_R)
       cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, chunk)
       rows_CW, slots, marks_C = jax.tree.map(cut, arrays)
