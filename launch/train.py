@@ -29,6 +29,9 @@ def main():
     raise ConfigError(f"get_config of {file} must return a gemjax Config, not {_CONFIG.value!r}")
   if not _WORKDIR.value:
     raise WorkdirError("--workdir is missing; name the folder of this run")
+  from gemjax.parallel.process import join_processes
+
+  join_processes()
   from gemjax.train.loop import train  # Seconds of imports, which wrong flags need not wait for.
 
   train(_CONFIG.value, _WORKDIR.value)

@@ -10,6 +10,7 @@ import json
 import pathlib
 import zlib
 
+import jax
 import orbax.checkpoint as ocp
 
 DIGEST = "digest.json"
@@ -46,7 +47,8 @@ class _Checked:
 
   def finalize(self, directory) -> None:
     super().finalize(directory)
-    write_digest(pathlib.Path(directory))
+    if jax.process_index() == 0:
+      write_digest(pathlib.Path(directory))
 
   def restore(self, directory, *args, **kwargs):
     check_digest(pathlib.Path(directory))

@@ -133,7 +133,7 @@ class Checkpoints:
     """
     with contextlib.suppress(Exception):
       self._manager.close()
-    if not self._read_only:
+    if not self._read_only and jax.process_index() == 0:
       for folder in self._directory.glob(f"*{TEMPORARY}*"):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -10,6 +10,10 @@ import sys
 import types
 
 
+class ProcessError(RuntimeError):
+  """A process that cannot find the others of its run."""
+
+
 def set_up_process() -> None:
   """Chooses the platform and tunes the host allocator; both are settings of a process, so that
   only binaries call this.
@@ -27,6 +31,28 @@ def set_up_process() -> None:
       idle = types.SimpleNamespace(initialize=lambda: None)
       sys.modules[f"jax_plugins.xla_cuda{version}"] = idle
   _keep_freed_memory()
+
+
+def join_processes() -> None:
+  """Joins the processes of a run that spans several, each started with the same command:
+
+    JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=P JAX_PROCESS_ID=0..P-1
+
+  Raises:
+    ProcessError: some of the three are set and others not, or they are no numbers.
+  """
+  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+  given = {name: os.environ[name] for name in names if name in os.environ}
+  if not given:
+    return
+  address, count, index = (given.get(name, "") for name in names)
+  if len(given) < len(names) or not (count.isdigit() and index.isdigit()):
+    raise ProcessError(f"a run of several processes needs all of {', '.join(names)}; got {given}")
+  if int(index) >= int(count):
+    raise ProcessError(f"JAX_PROCESS_ID is {index}, but must be below JAX_NUM_PROCESSES, {count}")
+  import jax
+
+  jax.distributed.initialize(address, int(count), int(index))
 
 
 def _has_driver() -> bool:

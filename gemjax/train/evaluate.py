@@ -33,15 +33,17 @@ def evaluate(
   Raises:
     PredictionError: a logit is not finite.
   """
-  logits, labels, groups, oracles = [], [], [], []
-  for batch in batches:
-    real_B = batch.weight_B > 0
-    logits.append(predict(state, batch)[real_B])
-    labels.append(batch.label_BT[real_B])
-    groups.append(batch.group_B[real_B])
-    oracles.append(batch.oracle_BT[real_B])
+  parts = [
+    (predict(state, batch), batch.label_BT, batch.group_B, batch.oracle_BT, batch.weight_B)
+    for batch in batches
+  ]
+  # Padding included, so that all processes have equally many rows.
+  logits_NT, label_NT, group_N, oracle_NT, weight_N = (
+    of_all_processes(np.concatenate(part)) for part in zip(*parts)
+  )
+  real_N = weight_N > 0
   logits_NT, label_NT, group_N, oracle_NT = (
-    of_all_processes(np.concatenate(parts)) for parts in (logits, labels, groups, oracles)
+    x[real_N] for x in (logits_NT, label_NT, group_N, oracle_NT)
   )
   if bad := int((~np.isfinite(logits_NT)).any(1).sum()):
     raise PredictionError(f"{bad:,} of {len(logits_NT):,} predictions are not finite")

@@ -46,7 +46,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   """
   config.validate()
   phases = Phases()
-  with Termination() as termination, Workdir(workdir) as folder:
+  first = jax.process_index() == 0
+  with Termination() as termination, Workdir(workdir, first=first) as folder:
     with phases("data"):
       data = first_process_first("data", open_data, config, folder.path)
       for split in ("train", "valid", "test"):
@@ -89,7 +90,7 @@ class _Run:
     self.checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=config.checkpoint.keep)
     digests = {name: split.digest for name, split in data.splits.items()}
     folder.claim(config, data.features, digests, begun=bool(self.checkpoints.steps))
-    self.progress = Progress(folder.path, self.steps, batch)
+    self.progress = Progress(folder.path, self.steps, batch, shown=folder.first)
     for line in lines:
       self.progress.say(line)
     self.best = BestSoFar(metric=config.train.stop_metric)
@@ -229,8 +230,7 @@ class _Run:
       self.progress.say(
         f"early stop: {self.best.metric} did not improve in {self.best.since} evaluations; {was}"
       )
-    zeros = metrics.zeros(len(self.data.features.tasks))
-    return state._replace(sums=jax.device_put(zeros, self.trainer.shardings.sums))
+    return state._replace(sums=self.programs.no_sums())
 
   def _results(self, state: TrainState, split: str) -> dict[str, dict[str, Any]]:
     batches = evaluation_batches(
@@ -292,7 +292,8 @@ class _Run:
       "mesh": dict(self.mesh.shape),
       "seed": self.config.train.seed,
     }
-    write_json(self.folder.path / SUMMARY, summary)
     self.progress.close()
-    print("\n" + summary_lib.render(summary), flush=True)
+    if self.folder.first:
+      write_json(self.folder.path / SUMMARY, summary)
+      print("\n" + summary_lib.render(summary), flush=True)
     return summary

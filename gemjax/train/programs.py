@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemjax import metrics
 from gemjax.embedding import Plans
 from gemjax.features import Batch
 from gemjax.parallel.arrays import to_devices, to_host
@@ -63,6 +64,12 @@ class Programs:
   def average(self, state: TrainState) -> TrainState:
     """`average_step`; the state is overwritten."""
     return self._average(state)
+
+  def no_sums(self) -> metrics.MetricSums:
+    """Of a new window of training metrics."""
+    # Made where it lies: a device_put over several processes cannot be saved.
+    tasks = len(self._trainer.features.tasks)
+    return jax.jit(lambda: metrics.zeros(tasks), out_shardings=self._shardings.sums)()
 
   def predict(self, state: TrainState, batch: Batch) -> np.ndarray:
     """logits_BT of this process' rows."""

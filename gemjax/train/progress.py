@@ -35,14 +35,17 @@ class Phases:
 class Progress:
   """The bar goes to a terminal only; lines and TensorBoard always."""
 
-  def __init__(self, workdir: pathlib.Path, steps: int, batch_size: int):
+  def __init__(self, workdir: pathlib.Path, steps: int, batch_size: int, *, shown: bool = True):
     self._folder = workdir / "tensorboard"
     self._steps, self._batch_size = steps, batch_size
     self._events: EventsWriter | None = None
     self._bar: tqdm.tqdm | None = None
+    self._shown = shown  # One process of a run speaks for all.
 
   def begin(self, step: int) -> None:
     """Opens the bar and a new file of events, which hides what a killed run logged after `step`."""
+    if not self._shown:
+      return
     # Counted in examples, so that the bar's own rate and time left are what people compare.
     self._bar = tqdm.tqdm(
       total=self._steps * self._batch_size,
@@ -61,6 +64,8 @@ class Progress:
 
   def log(self, step: int, scalars: dict[str, float]) -> None:
     """Shows training scalars of the last steps."""
+    if not self._shown:
+      return
     self._write(step, {f"train/{name}": value for name, value in scalars.items()})
     self._bar.n = step * self._batch_size
     self._bar.set_postfix_str(", ".join(f"{n} {v:.4g}" for n, v in scalars.items()))
@@ -69,6 +74,8 @@ class Progress:
     self, step: int, split: str, results: dict[str, dict[str, Any]], examples_per_second: float
   ) -> None:
     """Prints one line a task."""
+    if not self._shown:
+      return
     left = (self._steps - step) * self._batch_size / examples_per_second
     pace = f"{examples_per_second:,.0f} examples/s  {left:,.0f} s left"
     for task, metrics in results.items():
@@ -80,6 +87,8 @@ class Progress:
 
   def say(self, text: str) -> None:
     """A line that does not break the bar."""
+    if not self._shown:
+      return
     tqdm.tqdm.write(text)
     sys.stdout.flush()  # A file or a pipe should see it now, too.
 

@@ -49,11 +49,11 @@ class _Result(NamedTuple):
 def train_step(
   trainer: Trainer, state: TrainState, plans: Plans, batch: Batch, upcoming: Batch
 ) -> tuple[TrainState, Plans, Report]:
-  """(state, batch) -> (state after the step, plans of the upcoming batch, report). Donate the state.
+  """(state, batch) -> (state after one step, plans of the upcoming batch, report).
 
-  The gradient is taken with respect to the dense parameters and the looked-up rows; no array of a
-  table's shape exists but the table itself, which is updated in place. The upcoming batch gives
-  its ids alone: their exchange waits for nothing in this step.
+  Donate the state. The gradient is taken with respect to the dense parameters and the looked-up
+  rows; no array of a table's shape exists but the table itself, updated in place. The upcoming
+  batch gives its ids alone: their exchange waits for nothing in this step.
   """
   specs = trainer.specs
   result = _Result(

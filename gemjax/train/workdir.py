@@ -19,12 +19,18 @@ class WorkdirError(ValueError):
 
 
 class Workdir:
-  """Holds a lock on the folder while open, so that two processes never train into one."""
+  """Holds a lock on the folder while open, so that two runs never train into one.
 
-  def __init__(self, path: str | os.PathLike):
+  Of a run's processes the first holds it, and writes what is not a checkpoint.
+  """
+
+  def __init__(self, path: str | os.PathLike, *, first: bool = True):
     if not str(path):
       raise WorkdirError("--workdir is empty; name the folder of this run")
     self.path = pathlib.Path(path).absolute()
+    self.first = first
+    if not first:
+      return
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = (self.path / "lock").open("w")
@@ -42,7 +48,8 @@ class Workdir:
     return self
 
   def __exit__(self, kind, value, trace) -> None:
-    self._lock.close()
+    if self.first:
+      self._lock.close()
 
   def claim(
     self,
@@ -71,7 +78,8 @@ class Workdir:
             "other examples; name the data of the run, or another --workdir"
           )
     tree = {"config": config.to_json(), "features": features.to_json(), "digests": digests}
-    write_json(self.path / RUN, tree)
+    if self.first:
+      write_json(self.path / RUN, tree)
 
 
 def check_features(path: pathlib.Path, tree: dict[str, Any], features: FeatureSet) -> None:

@@ -89,13 +89,15 @@ def write_data(path: pathlib.Path, features: FeatureSet | None = None, **parts) 
     return writer.finish(features or globals()["features"](), origin={"dataset": "tiny"})
 
 
-def start(binary: str, *, cache=None, **flags) -> subprocess.Popen:
+def start(binary: str, *, cache=None, env=None, **flags) -> subprocess.Popen:
   """A process of its own; config__train__seed=1 is --config.train.seed=1.
 
   `cache` is a folder of compiled programs, which saves time.
   """
   given = [f"--{name.replace('__', '.')}={value}" for name, value in flags.items()]
-  env = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | CACHE_ALL if cache else {}
+  env = dict(env or {})
+  if cache:
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(cache)} | CACHE_ALL
   return start_command([binary, *given], env=env)
 
 
