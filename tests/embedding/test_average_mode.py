@@ -12,7 +12,7 @@ from examples import KINDS, LAYOUT, B
 
 from gemjax.embedding import stack as stack_lib
 
-MESHES = {(8, 1): ("rowwise",), (4, 2): ("adagrad", "half"), (2, 3): ("rowwise", "adam", "sgd")}
+MESHES = {(8, 1): ("rowwise", "sgd"), (4, 2): ("adagrad", "half"), (2, 3): ("rowwise", "adam")}
 SQUARED = ("rowwise", "adagrad", "half")  # Whose sum of squares is corrected.
 
 

@@ -16,7 +16,7 @@ MESHES = {
   (8, 1): (("adagrad", "half"), 0),
   (4, 2): (("rowwise", "half"), 20),
   (2, 4): (("rowwise", "adagrad", "adam", "sgd", "half"), 0),
-  (1, 8): (("sgd", "half"), 3),
+  (1, 8): (("half",), 3),
   (1, 3): (("half",), 0),
   (2, 3): (("adam", "half"), 7),
 }
