@@ -1,11 +1,14 @@
 """What every binary does around its `main`: one sentence for an error, an exit code for all."""
 
+import pathlib
 import sys
 import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
+from gemjax.config import Config, ConfigError
 from gemjax.parallel.process import set_up_process
 from gemjax.train.termination import Terminated
 
@@ -21,6 +24,20 @@ def run(main: Callable[[], int | None]) -> None:
   # What a failed save of Orbax leaves behind; its error is ours to tell.
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def experiment(holder: flags.FlagHolder) -> Config:
+  """The config of the flag --config, validated; raises ConfigError where it is none."""
+  flag = flags.FLAGS["config"]
+  file = config_flags.get_config_filename(flag) if flag.present else ""
+  if not file:
+    raise ConfigError("--config is missing; name a file of configs/, as configs/wukong_demo.py")
+  if not pathlib.Path(file.split(":")[0]).is_file():
+    raise ConfigError(f"--config={file} is no file; name one of configs/")
+  if not isinstance(holder.value, Config):
+    raise ConfigError(f"get_config of {file} must return a gemjax Config, not {holder.value!r}")
+  holder.value.validate()
+  return holder.value
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -25,11 +25,10 @@ _JSON = flags.DEFINE_string("json", None, "File for the figures; default: none i
 def main():
   if reason := target.obstacle():
     raise target.PlanError(reason)
+  config = cli.experiment(_CONFIG)
   topology = target.parse_topology(_TOPOLOGY.value)
   from gemjax.plan.training import plan_training
 
-  config = _CONFIG.value
-  config.validate()
   step = plan_training(config, _features(config), topology, _mesh())
   limit, budget = topology.target.memory_bytes, step.budget
   print(f"{config.name} on {_TOPOLOGY.value}, mesh {dict(step.trainer.mesh.shape)}, a device:")

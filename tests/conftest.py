@@ -5,6 +5,6 @@ import os
 # Before JAX is first used. With the CUDA wheels and no driver, JAX would print a traceback.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

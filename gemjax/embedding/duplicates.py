@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-CHUNK = 32  # T of the scan below: N * T multiplications, N * T * 4 bytes of masks.
+CHUNK = 32  # T of the scan below: log2(T) additions an entry, N / T entries for the next level.
 
 
 class Segments(NamedTuple):
@@ -104,22 +104,25 @@ def by_scan(x_NW: jax.Array, segment_N: jax.Array, *, count: int) -> jax.Array:
 
 
 def _scan(x_NW: jax.Array, segment_N: jax.Array) -> jax.Array:
-  """Sums over each segment up to here: a triangular product inside chunks of T, then the same
-  over the last sums of the chunks, N / T of them, which the next chunk may go on from.
+  """Sums over each segment up to here: inside chunks of T by doubling (Hillis and Steele 1986),
+  then the same over the last sums of the chunks, N / T of them, which the next may go on from.
+
+  Selected and not multiplied by masks: what is not finite stays in its segment.
   """
   count, chunks = len(x_NW), -(-len(x_NW) // CHUNK)
-  x_CTW = _chunked(x_NW, 0, chunks)
+  sum_CTW = _chunked(x_NW, 0, chunks)
   segment_CT = _chunked(segment_N, -1, chunks)
-  before_TT = jnp.tri(CHUNK, dtype=bool)
-  same_CTT = (segment_CT[:, :, None] == segment_CT[:, None, :]) & before_TT
-  sum_CTW = jnp.einsum(
-    "cts,csw->ctw", same_CTT.astype(x_NW.dtype), x_CTW, precision=jax.lax.Precision.HIGHEST
-  )
+  step = 1
+  while step < CHUNK:
+    same_CT = segment_CT[:, step:] == segment_CT[:, :-step]
+    before_CTW = jnp.where(same_CT[..., None], sum_CTW[:, :-step], 0)
+    sum_CTW += jnp.pad(before_CTW, ((0, 0), (step, 0), (0, 0)))
+    step *= 2
   if chunks > 1:
     last_CW = _scan(sum_CTW[:, -1], segment_CT[:, -1])
     goes_on_CT = segment_CT[1:] == segment_CT[:-1, -1:]
     carried_CTW = jnp.where(goes_on_CT[..., None], last_CW[:-1, None], 0)
-    sum_CTW = sum_CTW.at[1:].add(carried_CTW, unique_indices=True)
+    sum_CTW += jnp.pad(carried_CTW, ((1, 0), (0, 0), (0, 0)))
   return sum_CTW.reshape(-1, *x_NW.shape[1:])[:count]
 
 

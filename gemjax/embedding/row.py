@@ -5,8 +5,8 @@ One exchange moves at most `capacity` rows between any two devices of a group, w
 that its buffers have a fixed shape. Nothing is dropped: what did not fit goes in further rounds.
 All devices, of all groups, agree on the rows of a round: each proposes for every owner the last row
 that it can fit, and the smallest proposal is where the round ends. So all gradients of a row meet
-in one round and are summed before they are squared, and the same bits come out whatever the
-capacity.
+in one round and are summed before they are squared, and the result does not depend on the capacity:
+to the bit on a CPU, but for the order of a sum on a GPU (duplicates.py).
 
 `ragged_all_to_all` is not used: it crashes on large GPU runs (openxla/xla#47283, #47146).
 

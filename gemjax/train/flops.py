@@ -28,10 +28,6 @@ def _count(jaxpr) -> int:
     trips = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     if eqn.primitive.name == "shard_map":  # The program of one of its devices.
       trips = eqn.params["mesh"].size
-    if eqn.primitive.name == "cond":
-      # Of branches the least: where only GPUs sum duplicates by products, they are not the model's.
-      total += min(_count(branch.jaxpr) for branch in eqn.params["branches"])
-      continue
     for value in eqn.params.values():
       for inner in value if isinstance(value, tuple | list) else (value,):
         inner = getattr(inner, "jaxpr", inner)

@@ -135,6 +135,16 @@ def test_sums_of_runs_by_scatter_and_by_scan(size, different):
   np.testing.assert_array_equal(grad_NW, weight_UW[segment_N])
 
 
+def test_a_summand_that_is_not_finite_stays_in_its_segment():
+  segment_N = np.sort(np.random.default_rng(0).integers(0, 40, 200)).astype(np.int32)
+  x_NW = np.ones((200, 3), np.float32)
+  x_NW[segment_N == 17] = np.nan
+  found_UW = np.array(by_scan(jnp.asarray(x_NW), jnp.asarray(segment_N), count=40))
+  assert np.isnan(found_UW[17]).all()
+  others = np.delete(np.bincount(segment_N), 17)
+  np.testing.assert_array_equal(np.delete(found_UW[:, 0], 17), others)
+
+
 def test_bfloat16_is_rounded_without_bias():
   x = jnp.full((200_000,), 1 + 1 / 512)  # A quarter of the way between two bfloat16 values.
   noise = jax.random.bits(KEY, x.shape, jnp.uint16)
