@@ -124,12 +124,13 @@ class ShardedTables:
     return {s.name: self._placed(s).bucket_sizes(at[s.name]) for s in exchanged}
 
   def with_capacity(self, largest: dict[str, int]) -> ShardedTables:
-    """Room for the `largest` bucket seen of every row stack, and a margin: two standard deviations
-    of a bucket's size, up to the next of 16 steps an octave, so that restarts meet the same
-    compiled program.
+    """Room for the `largest` bucket seen of every row stack, and a margin: a sixteenth for data
+    that drift and two standard deviations of a bucket's size, up to the next of 16 steps an
+    octave, so that restarts meet the same program. A second round costs as much as the first.
     """
     return dataclasses.replace(
-      self, capacity={name: _step_up(n + 2 * math.sqrt(n) + 1) for name, n in largest.items()}
+      self,
+      capacity={n: _step_up(17 / 16 * c + 2 * math.sqrt(c) + 1) for n, c in largest.items()},
     )
 
   @property

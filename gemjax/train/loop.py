@@ -286,7 +286,7 @@ class _Run:
       "valid": summary_lib.split_summary(self.valid),
       "test": summary_lib.split_summary(test),
       "start_up_seconds": {n: round(s, 3) for n, s in self.phases.seconds.items()},
-      "params": parameter_counts(state),
+      "params": parameter_counts(self.trainer, state),
       "gflop_per_example": self.programs.flops(state, self.feed.upcoming) / batch / 1e9,
       "device": f"{jax.devices()[0].device_kind} x{self.mesh.size}",
       "mesh": dict(self.mesh.shape),

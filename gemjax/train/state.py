@@ -147,11 +147,12 @@ def parts(params: dict[str, Any], layout: TableLayout) -> list[str]:
   return ["loss", *dense, *(f"gradient of tables {s.name}" for s in layout.stacks)]
 
 
-def parameter_counts(state: TrainState) -> dict[str, int]:
-  """Weights by kind; optimiser state not counted."""
+def parameter_counts(trainer: Trainer, state: TrainState) -> dict[str, int]:
+  """Weights by kind; neither optimiser state nor padding rows are counted."""
+  layout, tables = trainer.tables.layout, trainer.features.tables
   return {
     "dense": sum(p.size for p in jax.tree.leaves(state.params)),
-    "embedding": sum(s.rows_RW.size for s in state.stacks.values()),  # Padding rows included.
+    "embedding": sum(size * layout.positions(table)[0].width for table, size in tables.items()),
   }
 
 
