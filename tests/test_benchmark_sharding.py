@@ -61,8 +61,8 @@ def test_counts_of_a_case_done_by_hand(sharding):
   figures = sharding.measure(
     make_config(placement={"u": "row"}), ONE_TABLE, 1, 2, iter([BY_HAND] * 3)
   )
-  # The largest bucket has 2 rows, with its margin ceil(17 / 8 + 2 sqrt(2) + 1) = 6. Two devices send 6
-  # slots each way: 2 * 6 * 4 * 2 * 4 = 384 bytes, and 2 * 6 * 4 = 48 of ids.
+  # The largest bucket has 2 rows, with its margin ceil(17 / 8 + 2 sqrt(2) + 1) = 6. Two devices
+  # send 6 slots each way: 2 * 6 * 4 * 2 * 4 = 384 bytes, and 2 * 6 * 4 = 48 of ids.
   assert figures == {
     "bytes_over_minimum": 3.0,
     "rounds": {"mean": 1.0, "max": 1},
