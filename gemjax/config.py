@@ -196,7 +196,8 @@ class Config:
     _need(data.demo_examples >= 20_000, "data.demo_examples", data.demo_examples, "at least 20000")
     for name in ("dim", "small_dim", "small_group", "dense_units"):
       _need(getattr(emb, name) > 0, f"embedding.{name}", getattr(emb, name), "positive")
-    _need(emb.small_rows >= 0, "embedding.small_rows", emb.small_rows, "at least 0")
+    for name in ("small_rows", "replicated_rows", "exchange_rows"):
+      _need(getattr(emb, name) >= 0, f"embedding.{name}", getattr(emb, name), "at least 0")
     _need(
       all(u > 0 for u in emb.units.values()),
       "embedding.units", emb.units, "a positive whole number for every feature",
@@ -209,11 +210,11 @@ class Config:
       all(kind in kinds for kind in emb.placement.values()),
       "embedding.placement", emb.placement, f"one of {', '.join(kinds)} for every table",
     )  # fmt: skip
-    for name in ("replicated_rows", "exchange_rows"):
-      _need(getattr(emb, name) >= 0, f"embedding.{name}", getattr(emb, name), "at least 0")
     for name in ("column_width", "average_every"):
       _need(getattr(emb, name) > 0, f"embedding.{name}", getattr(emb, name), "positive")
     _one_of(emb.replicas, "embedding.replicas", "exact", "average")
+    law = "positive where embedding.replicas is 'average', whose step depends on it"
+    _need(emb.replicas == "exact" or self.mesh.data, "mesh.data", self.mesh.data, law)
     _widths(emb.dense_mlp, "embedding.dense_mlp")
     for name in ("init_scale", "learning_rate", "eps", "weight_decay", "l2"):
       value = getattr(emb, name)
@@ -294,4 +295,6 @@ FREE_ON_RESUME = (
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
   """The first field in which two `to_json` trees differ, in words; free fields excepted."""
-  return fields.difference(old, new, free=FREE_ON_RESUME)
+  averaged = new["embedding"]["replicas"] == "average"  # Then c = data scales the step.
+  free = tuple(f for f in FREE_ON_RESUME if not (averaged and f == "mesh.data"))
+  return fields.difference(old, new, free=free)

@@ -24,11 +24,16 @@ def main():
     raise WorkdirError("--workdir is missing; name the folder of a run")
   if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
     raise WorkdirError(f"--json={_JSON.value} lies in no folder; make the folder first")
+  from gemjax.parallel.process import join_processes
+
+  first = join_processes() == 0
   from gemjax.train.trained import evaluate_run  # Seconds of imports.
 
   found = evaluate_run(
     pathlib.Path(_WORKDIR.value), _SPLIT.value, step=_CHECKPOINT.value, data=_DATA.value
   )
+  if not first:
+    return
   examples = found.data.split(_SPLIT.value).examples
   print(f"{found.name}: step {found.step:,} on {examples:,} examples of {found.data.path}\n")
   print("\n".join(table({_SPLIT.value: found.results})))

@@ -40,6 +40,17 @@ def main():
     figures = {
       "fits": budget.total <= limit,
       "bytes_per_device": budget._asdict() | {"total": budget.total},
+      "collectives": [
+        {
+          "kind": c.kind,
+          "axes": c.axes,
+          "bytes": c.bytes,
+          "trips": c.trips,
+          "behind_matmuls": c.matmuls,  # Matrix products scheduled while it is under way.
+          "name": c.op_name,
+        }
+        for c in step.compiled.collectives
+      ],
     }
     pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -47,11 +58,10 @@ def main():
 def _mesh() -> tuple[int, int] | None:
   if not _MESH.value:
     return None
-  try:
-    data, model = map(int, _MESH.value.split("x"))
-  except ValueError:
-    raise target.PlanError(f"--mesh={_MESH.value} must be DATAxMODEL, as 2x64") from None
-  return data, model
+  sizes = _MESH.value.split("x")
+  if len(sizes) != 2 or not all(size.isdigit() and int(size) for size in sizes):
+    raise target.PlanError(f"--mesh={_MESH.value} must be DATAxMODEL, as 2x64")
+  return int(sizes[0]), int(sizes[1])
 
 
 def _features(config):

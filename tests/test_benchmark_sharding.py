@@ -71,6 +71,7 @@ def test_counts_of_a_case_done_by_hand(sharding):
     "id_bytes_over_minimum": 48 / 128,
     "replicated_bytes_over_minimum": 0.0,
     "data_bytes_over_minimum": 0.0,
+    "all_bytes_over_minimum": 3.0 + 48 / 128,
     "minimum_megabytes": 64e-6,
     "unique_over_lookups": 6 / 8,
     "largest_over_mean_bucket": 2 / 1.5,

@@ -138,13 +138,25 @@ class ShardedTables:
     """Whether every row stack has a capacity."""
     return all(s.name in self.capacity for s in self.layout.stacks if self._exchanged(s))
 
+  def state_bytes(self) -> int:
+    """Of all stacks with their state, whole."""
+    few, total = 8, 0
+    for s in self.layout.stacks:
+      shapes = self._shapes(s, few)._replace(clock=None)
+      total += s.rows * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) // few
+    return total
+
   def specs(self) -> dict[str, Stack]:
     """PartitionSpecs of the stacks, in their structure."""
     return {s.name: self._spec(s) for s in self.layout.stacks}
 
+  def _shapes(self, s: StackLayout, rows: int) -> Stack:
+    """Of the first rows."""
+    rule, held = self._rule(s), Held.whole(rows, s.width)
+    return jax.eval_shape(lambda: rule.init(jax.random.key(0), held))
+
   def _spec(self, s: StackLayout) -> Stack:
-    rule = self._rule(s)
-    shapes = jax.eval_shape(lambda: rule.init(jax.random.key(0), Held.whole(8, 8)))
+    shapes = self._shapes(s, 8)
     row = MODEL if s.placement == "row" else None
     column = MODEL if s.placement == "column" else None
     # (R, W) as the rows; (R,) one a row; the clock is the same everywhere.

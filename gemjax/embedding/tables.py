@@ -202,7 +202,7 @@ def _reasons(placements: dict[str, str], config: config_lib.Embedding):
   }
   for placement, reason in because.items():
     tables = [t for t, p in placements.items() if p == placement]
-    named = [t for t in tables if t in config.placement]
-    if tables:
-      wished = f", {len(named)} by config.embedding.placement" if named else ""
-      yield f"{len(tables)} tables {placement} ({reason}{wished})"
+    named = sum(t in config.placement for t in tables)
+    parts = [f"{len(tables) - named} {placement} ({reason})"] if len(tables) > named else []
+    parts += [f"{named} {placement} (config.embedding.placement)"] if named else []
+    yield from parts

@@ -17,17 +17,23 @@ STATE_SHARE = 0.5
 
 
 def choose_mesh(
-  config: config_lib.Mesh, devices: int, state_bytes: int, device_bytes: int | None
+  config: config_lib.Mesh,
+  devices: int,
+  possible: Sequence[int],
+  state_bytes: int,
+  device_bytes: int | None,
 ) -> tuple[int, int, str]:
   """(data, model, why). Where one size is 0 it follows from the other; where both are:
 
-  model = the smallest divisor of `devices` with state_bytes / model <= device_bytes / 2,
+  model = the smallest of `possible` with state_bytes / model <= device_bytes / 2,
 
-  so that a small model is replicated on every device and only its gradients travel.
+  so that a small model is replicated on every device and only its gradients travel; the largest
+  where even that is too much.
 
   Args:
     config: The sizes asked for.
     devices: How many there are.
+    possible: Sizes of `model` that divide the devices and the tables, ascending, at least one.
     state_bytes: Of parameters, tables and optimiser state, whole.
     device_bytes: Memory of one device; None where it is not known, as on CPUs.
 
@@ -46,12 +52,13 @@ def choose_mesh(
       )
     return data, model, "as config.mesh says"
   if device_bytes is None:
-    return devices, 1, f"{size} replicated, as the memory of a device is not known"
-  for model in (m for m in range(1, devices + 1) if devices % m == 0):
-    if state_bytes / model <= STATE_SHARE * device_bytes:
-      break
+    model = possible[0]
+    return devices // model, model, f"{size}, with little sharing, as a device's memory is unknown"
+  enough = [m for m in possible if state_bytes / m <= STATE_SHARE * device_bytes]
+  model = enough[0] if enough else possible[-1]
   share = f"{_gigabytes(state_bytes / model)} a device of {_gigabytes(device_bytes)}"
-  return devices // model, model, f"{size}, {share}"
+  law = "" if enough else ", which is more than half: it may not fit"
+  return devices // model, model, f"{size}, {share}{law}"
 
 
 def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -33,8 +33,9 @@ def set_up_process() -> None:
   _keep_freed_memory()
 
 
-def join_processes() -> None:
-  """Joins the processes of a run that spans several, each started with the same command:
+def join_processes() -> int:
+  """Joins the processes of a run that spans several, each started with the same command; this
+  one's number, 0 where it is alone.
 
     JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=P JAX_PROCESS_ID=0..P-1
 
@@ -44,15 +45,22 @@ def join_processes() -> None:
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   given = {name: os.environ[name] for name in names if name in os.environ}
   if not given:
-    return
+    return 0
   address, count, index = (given.get(name, "") for name in names)
   if len(given) < len(names) or not (count.isdigit() and index.isdigit()):
     raise ProcessError(f"a run of several processes needs all of {', '.join(names)}; got {given}")
   if int(index) >= int(count):
     raise ProcessError(f"JAX_PROCESS_ID is {index}, but must be below JAX_NUM_PROCESSES, {count}")
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdigit():
+    raise ProcessError(f"JAX_COORDINATOR_ADDRESS is {address!r}, but must be HOST:PORT")
   import jax
 
-  jax.distributed.initialize(address, int(count), int(index))
+  try:
+    jax.distributed.initialize(address, int(count), int(index))
+  except Exception as error:
+    raise ProcessError(f"process {index} of {count} cannot join at {address}: {error}") from error
+  return int(index)
 
 
 def _has_driver() -> bool:

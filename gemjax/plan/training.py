@@ -16,9 +16,9 @@ from gemjax.config import DATA, MODEL
 from gemjax.embedding.lookup import positions
 from gemjax.features import Batch, FeatureSet, Jagged, event_capacity
 from gemjax.parallel.arrays import BATCH
-from gemjax.parallel.mesh import choose_mesh
 from gemjax.plan import target
 from gemjax.plan.compile import Compiled, compile_for
+from gemjax.train.devices import shape_mesh
 from gemjax.train.state import Trainer, make_trainer
 from gemjax.train.step import plan_step, train_step
 
@@ -69,7 +69,9 @@ def plan_training(
   Raises:
     ConfigError: the mesh is not that of the GPUs, or the batch does not divide by them.
   """
-  data, model = mesh or _mesh_by_rule(config, features, topology)
+  if mesh:
+    config = dataclasses.replace(config, mesh=config_lib.Mesh(data=mesh[0], model=mesh[1]))
+  data, model, _ = shape_mesh(config, features, topology.size, topology.target.memory_bytes)
   if data * model != topology.size:
     raise config_lib.ConfigError(
       f"mesh {data}x{model} has {data * model} devices, but the topology has {topology.size}"
@@ -106,14 +108,6 @@ def plan_training(
     activations=max(0, temporaries - 2 * rows),
   )
   return PlannedStep(trainer, compiled, budget)
-
-
-def _mesh_by_rule(config, features, topology: target.Topology) -> tuple[int, int]:
-  alone = make_trainer(config, features, STEPS)
-  state = jax.eval_shape(alone.born)
-  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  data, model, _ = choose_mesh(config.mesh, topology.size, size, topology.target.memory_bytes)
-  return data, model
 
 
 def _batch(features: FeatureSet, examples: int, shards: int) -> Batch:

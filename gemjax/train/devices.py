@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from jax.sharding import Mesh
 
 from gemjax import config as config_lib
 from gemjax.config import DATA, MODEL
+from gemjax.embedding import layout_tables
+from gemjax.embedding.tables import check_mesh
 from gemjax.features import FeatureSet
 from gemjax.parallel.mesh import choose_mesh, device_memory, make_mesh
-from gemjax.train.state import make_trainer
+from gemjax.train.state import state_bytes
 
 
 def open_mesh(config: config_lib.Config, features: FeatureSet) -> tuple[Mesh, list[str]]:
-  """(mesh, lines that say why it is as it is, and why the tables lie where they lie).
+  """(mesh of this run's devices, lines that say why it is as it is); raises as `shape_mesh`."""
+  data, model, lines = shape_mesh(config, features, jax.device_count(), device_memory())
+  return make_mesh(data, model), lines
+
+
+def shape_mesh(
+  config: config_lib.Config, features: FeatureSet, devices: int, device_bytes: int | None
+) -> tuple[int, int, list[str]]:
+  """(data, model, lines): the mesh, and why it and the tables are as they are.
 
   Raises:
-    ConfigError: `config.mesh` is not of the devices there are.
+    ConfigError: `config.mesh` is not of the devices there are, or the tables cannot be split so.
   """
-  alone = make_trainer(config, features, steps=1, mesh=make_mesh(1, 1, jax.local_devices()[:1]))
-  state = jax.eval_shape(alone.born)
-  found = jax.device_count()
-  data, model, reason = choose_mesh(config.mesh, found, state_bytes(state), device_memory())
-  mesh = make_mesh(data, model)
-  used = f"{data * model} of {found} devices" if data * model < found else f"{found} devices"
+  layout = layout_tables(features, config.embedding)
+  possible = [m for m in range(1, devices + 1) if devices % m == 0 and _splits(layout, m)]
+  if not possible:
+    check_mesh(layout, devices)
+  size = state_bytes(config, features)
+  data, model, reason = choose_mesh(config.mesh, devices, possible, size, device_bytes)
+  check_mesh(layout, model)
+  used = f"{data * model} of {devices} devices" if data * model < devices else f"{devices} devices"
   lines = [f"mesh: {DATA} {data} x {MODEL} {model}, {used}: {reason}"]
-  if mesh.size > 1:
-    lines += [f"tables: {'; '.join(alone.tables.layout.reasons)}"]
-  return mesh, lines
+  if data * model > 1:
+    lines += [f"tables: {'; '.join(layout.reasons)}"]
+  return data, model, lines
 
 
-def state_bytes(state: Any) -> int:
-  """Bytes of a tree of arrays or shapes."""
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+def part_of_process(mesh: Mesh) -> dict[str, int]:
+  """Which part of every batch is this process', as the pipeline wants to know it."""
+  return {
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+    "shards": mesh.size,
+  }
+
+
+def _splits(layout, model: int) -> bool:
+  try:
+    check_mesh(layout, model)
+  except config_lib.ConfigError:
+    return False
+  return True

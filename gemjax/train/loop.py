@@ -18,7 +18,7 @@ from gemjax.data.prepared import PreparedData
 from gemjax.features import Batch
 from gemjax.parallel.arrays import first_process_first, of_all_processes
 from gemjax.train import summary as summary_lib
-from gemjax.train.devices import open_mesh
+from gemjax.train.devices import open_mesh, part_of_process
 from gemjax.train.evaluate import PredictionError, evaluate
 from gemjax.train.feed import Feed
 from gemjax.train.programs import Programs
@@ -83,7 +83,7 @@ class _Run:
       batch_size=batch,
       seed=config.train.seed,
       window_blocks=config.data.window_blocks,
-      **self._part(),
+      **part_of_process(self.mesh),
     )
     self.feed = Feed(iter(batches), self.mesh)
     # What can be refused has been refused: from here on the folder is this run's.
@@ -131,8 +131,7 @@ class _Run:
       # At whole multiples of the interval but for one shortly before the end, and at the end.
       near_end = self.steps - done < self.eval_interval / 2
       evaluating = done == self.steps or (done % self.eval_interval == 0 and not near_end)
-      every = self.config.checkpoint.every
-      saving = bool(every) and whole and done // every > (done - self.apart) // every
+      saving = whole and self._due(self.config.checkpoint.every, done)
       stopping = whole and self._stop_requested(done)
       if done % train.log_every == 0 or evaluating:
         self._log(state, done, reports)
@@ -157,24 +156,21 @@ class _Run:
     """Seconds that stand still while a program is compiled."""
     return time.perf_counter() - self.programs.compile_seconds
 
-  def _part(self) -> dict[str, int]:
-    """Which part of every batch is this process'."""
-    return {
-      "process_index": jax.process_index(),
-      "process_count": jax.process_count(),
-      "shards": self.mesh.size,
-    }
-
   def _first_batch(self) -> Batch:
     with self.phases("first batch"):
       return self.feed.upcoming
 
+  def _due(self, every: int, done: int) -> bool:
+    """Whether a multiple of `every` was reached since the last step at which the state was one."""
+    return bool(every) and done // every > (done - self.apart) // every
+
   def _stop_requested(self, done: int) -> bool:
-    """Whether SIGTERM came to any process; several agree on it when they log."""
+    """Whether SIGTERM came to any process; several agree on it as often as they log."""
     requested = self.termination.requested
-    if jax.process_count() == 1 or done % self.config.train.log_every:
-      return requested and jax.process_count() == 1
-    return bool(of_all_processes(np.array([requested])).any())
+    if jax.process_count() == 1:
+      return requested
+    log = self._due(self.config.train.log_every, done)
+    return log and bool(of_all_processes(np.array([requested])).any())
 
   def _log(self, state: TrainState, done: int, reports: list[Report]) -> None:
     reports = jax.device_get(reports)  # Waits for the device.
@@ -234,7 +230,7 @@ class _Run:
 
   def _results(self, state: TrainState, split: str) -> dict[str, dict[str, Any]]:
     batches = evaluation_batches(
-      self.data, split, batch_size=self.config.data.eval_batch_size, **self._part()
+      self.data, split, batch_size=self.config.data.eval_batch_size, **part_of_process(self.mesh)
     )
     try:
       return evaluate(self.programs.predict, state, batches, self.data.features)

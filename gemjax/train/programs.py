@@ -27,8 +27,8 @@ from gemjax.train.step import (
 
 
 class Programs:
-  """Of one trainer. The capacity of the exchange of rows is that of the first batch of training and
-  of evaluation, unless the config names one: a larger batch later takes more rounds.
+  """Of one trainer. The capacity of the exchange of rows is that of the first batch of training, if
+  the config names none, and of evaluation: a larger batch later takes more rounds.
   """
 
   def __init__(self, trainer: Trainer):

@@ -119,6 +119,17 @@ def make_trainer(
   )
 
 
+def state_bytes(config: config_lib.Config, features: FeatureSet) -> int:
+  """Of parameters, tables and optimiser state, whole; nothing is computed."""
+  layout = layout_tables(features, config.embedding)
+  tables = ShardedTables(layout=layout, config=config.embedding, data=1, model=1)
+  _, weights = nnx.split(nnx.eval_shape(lambda: _ranker(config, features, layout)))
+  params = nnx.to_pure_dict(weights)
+  moments = jax.eval_shape(dense_optimizer(config.optimizer, 1).init, params)
+  dense = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, moments)))
+  return dense + tables.state_bytes()
+
+
 def init_state(trainer: Trainer) -> TrainState:
   """The state before the first step; equal on every mesh."""
   seed = trainer.config.train.seed

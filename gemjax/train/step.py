@@ -102,7 +102,7 @@ def predict_step(trainer: Trainer, state: TrainState, batch: Batch) -> jax.Array
 def average_step(trainer: Trainer, state: TrainState) -> TrainState:
   """Makes the tables of the `data` groups equal, where each updates its own. Donate the state."""
   # Another stream than that of the steps, which fold small numbers.
-  key = jax.random.fold_in(jax.random.key(trainer.config.train.seed), -1)
+  key = jax.random.fold_in(jax.random.key(trainer.config.train.seed), 2**32 - 1)
   specs = trainer.specs.stacks
   average = _on_devices(trainer, trainer.tables.average, (specs, REPLICATED), specs)
   return state._replace(stacks=average(state.stacks, jax.random.fold_in(key, state.step)))

@@ -11,7 +11,7 @@ from gemjax import config as config_lib
 from gemjax.checkpoint import Checkpoints
 from gemjax.data.pipeline import evaluation_batches
 from gemjax.data.prepared import PreparedData, open_prepared
-from gemjax.train.devices import open_mesh
+from gemjax.train.devices import open_mesh, part_of_process
 from gemjax.train.evaluate import evaluate
 from gemjax.train.programs import Programs
 from gemjax.train.source import open_data
@@ -55,14 +55,15 @@ def evaluate_run(
   checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
   if step is None:
     step = checkpoints.notes()["best"]["step"]  # None, thus the latest, before any evaluation.
-  if config.mesh.data * config.mesh.model > jax.device_count():  # Trained on a larger machine.
+  # Trained on a larger machine.
+  if max(1, config.mesh.data) * max(1, config.mesh.model) > jax.device_count():
     config.mesh = config_lib.Mesh()
   mesh, _ = open_mesh(config, found.features)
   trainer = make_trainer(config, found.features, steps=1, mesh=mesh)  # Its schedules are not used.
   state: TrainState = checkpoints.restore(trainer.abstract(), step).state
   checkpoints.close()
-  batches = evaluation_batches(
-    found, split, batch_size=config.data.eval_batch_size, shards=mesh.size
-  )
+  # On another number of devices, too; rows that fill up have weight 0.
+  batch_size = -(-config.data.eval_batch_size // mesh.size) * mesh.size
+  batches = evaluation_batches(found, split, batch_size=batch_size, **part_of_process(mesh))
   results = evaluate(Programs(trainer).predict, state, batches, found.features)
   return Evaluated(config.name, int(state.step), found, results)

@@ -54,6 +54,7 @@ def run() -> dict[str, Any]:
   id_bytes_over_minimum          ids exchanged inside `model`, over the same least
   replicated_bytes_over_minimum  gradients and ids of replicated tables, gathered from all devices
   data_bytes_over_minimum        gradients and ids gathered among the groups of `data`
+  all_bytes_over_minimum         the four of them together
   minimum_megabytes              the least, a step and device
   unique_over_lookups            different rows among a device's look-ups of stacks split by row
   largest_over_mean_bucket       rows that a device wants of an owner; mean over batches
@@ -112,6 +113,7 @@ def measure(
     "id_bytes_over_minimum": over_least(("all-to-all", "ids")),
     "replicated_bytes_over_minimum": over_least(("all-gather", "replicated")),
     "data_bytes_over_minimum": over_least(("all-gather", "data")),
+    "all_bytes_over_minimum": over_least(*moved),
     "minimum_megabytes": total["least"] / len(rounds) / (data * model) / 1e6,
     "unique_over_lookups": _ratio(total["rows"], total["lookups"]),
     "largest_over_mean_bucket": float(np.mean(skew)),

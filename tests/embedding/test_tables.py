@@ -45,9 +45,9 @@ def test_tables_are_placed_by_rows_and_by_width():
     "day": "replicated", "vector": "column",
   }  # fmt: skip
   assert layout.reasons == (
-    "3 tables replicated (at most 1,024 rows)",
-    "3 tables row (more than 1,024 rows)",
-    "1 tables column (at least 2,048 wide)",
+    "3 replicated (at most 1,024 rows)",
+    "3 row (more than 1,024 rows)",
+    "1 column (at least 2,048 wide)",
   )
 
 
@@ -85,9 +85,11 @@ def test_a_table_goes_where_the_config_says():
   assert where(layout) | placement == where(layout)
   assert where(layout)["shop"] == "row"
   assert layout.reasons == (
-    "3 tables replicated (at most 1,024 rows, 1 by config.embedding.placement)",
-    "3 tables row (more than 1,024 rows, 1 by config.embedding.placement)",
-    "1 tables column (at least 2,048 wide, 1 by config.embedding.placement)",
+    "2 replicated (at most 1,024 rows)",
+    "1 replicated (config.embedding.placement)",
+    "2 row (more than 1,024 rows)",
+    "1 row (config.embedding.placement)",
+    "1 column (config.embedding.placement)",
   )
 
 

@@ -143,7 +143,11 @@ def test_losses_and_tables_are_those_of_one_device(mesh, one, kind):
   expected, expected_state, _ = one[kind]
   assert expected[-10:].mean() < expected[:10].mean()  # Something is learnt.
   np.testing.assert_allclose(losses, expected, rtol=1e-5)
-  assert (max(rounds) > 0) == (mesh.mesh.shape["model"] > 1)
+  if mesh.mesh.shape["model"] == 1:
+    assert max(rounds) == 0
+  else:
+    # The capacity is that of the first batch; some later one of one owner's rows is larger.
+    assert min(rounds) == 1 and (max(rounds) == 1 or kind == "one owner")
   for name in ("params", "stacks"):
     expected_leaves = jax.tree.leaves(getattr(expected_state, name))
     for path_and_array, other in zip(
@@ -151,7 +155,7 @@ def test_losses_and_tables_are_those_of_one_device(mesh, one, kind):
     ):
       path, array = path_and_array
       where = name + jax.tree_util.keystr(path)
-      np.testing.assert_allclose(array, other, rtol=1e-3, atol=1e-4, err_msg=where)
+      np.testing.assert_allclose(array, other, rtol=2e-4, atol=2e-5, err_msg=where)
   for name in ("loss_PT", "prediction_PT", "count_PTLK"):
     ours, theirs = (getattr(s.sums, name).sum(0) for s in (state, expected_state))
     if name == "count_PTLK":  # A prediction at the border of two bins may fall into either.
