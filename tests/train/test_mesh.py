@@ -155,7 +155,7 @@ def test_losses_and_tables_are_those_of_one_device(mesh, one, kind):
     ):
       path, array = path_and_array
       where = name + jax.tree_util.keystr(path)
-      np.testing.assert_allclose(array, other, rtol=2e-4, atol=2e-5, err_msg=where)
+      np.testing.assert_allclose(array, other, rtol=1e-3, atol=1e-4, err_msg=where)
   for name in ("loss_PT", "prediction_PT", "count_PTLK"):
     ours, theirs = (getattr(s.sums, name).sum(0) for s in (state, expected_state))
     if name == "count_PTLK":  # A prediction at the border of two bins may fall into either.
