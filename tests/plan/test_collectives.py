@@ -38,6 +38,14 @@ def one(*lines, before=""):
     ("replica_groups=[4,2]<=[2,4]T(1,0)", ((0, 4), (1, 5), (2, 6), (3, 7))),
     ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", ((0, 1, 4, 5), (2, 3, 6, 7))),
     ("replica_groups={}", (tuple(range(8)),)),
+    (
+      "replica_groups=mesh['a'=1,'b'=4,'c'=1,'d'=2], device_ids=([2,4]T(1,0)) {'b'}",
+      ((0, 1, 2, 3), (4, 5, 6, 7)),
+    ),
+    (
+      "replica_groups=mesh['a'=1,'b'=4,'c'=1,'d'=2], device_ids=([2,4]T(1,0)) {'d'}",
+      ((0, 4), (1, 5), (2, 6), (3, 7)),
+    ),
   ],
 )
 def test_groups_are_read_in_every_form(attributes, groups):
