@@ -8,6 +8,8 @@ import sys
 import tiny
 from absl import logging
 
+from gemjax.train.loop import train
+
 sys.path.insert(0, str(tiny.ROOT / "launch"))
 import cli
 
@@ -42,3 +44,17 @@ def full_disk(at: int):
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def refuses(capsys, config, workdir, *words):
+  return sentence(capsys, lambda: train(config, workdir), *words, workdir=workdir)
+
+
+def flip(file, at=None):
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2 if at is None else at] ^= 0x10
+  file.write_bytes(content)
+
+
+def truncate(file, to=0.5):
+  file.write_bytes(file.read_bytes()[: int(to * file.stat().st_size)])
