@@ -67,7 +67,9 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
 
 def _is_ours(error: Exception) -> bool:
   """An error raised by this project, or by the operating system about a user's file."""
-  return isinstance(error, OSError) or type(error).__module__.startswith("gemjax")
+  return isinstance(error, OSError) or type(error).__module__.startswith(
+    ("gemjax", "pallas_kernels")
+  )
 
 
 def _unraisable(found) -> None:

@@ -13,8 +13,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gemjax.plan import memory, ptx, target
+from gemjax.plan import memory, target
 from gemjax.plan.compile import compile_for
+from pallas_kernels.deviceless import ptx
 
 DATA, MODEL = 2, 4
 BOTH = P(("data", "model"))

@@ -11,8 +11,9 @@ import jax
 from gemjax import config as c
 from gemjax.features import Dense, FeatureSet, Sequence, Sparse
 from gemjax.parallel import placement
-from gemjax.plan import memory, ptx, target
+from gemjax.plan import memory, target
 from gemjax.plan.training import plan_training
+from pallas_kernels.deviceless import ptx
 
 
 def get_features(users: int) -> FeatureSet:

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from gemjax.plan.target import PlanError
+from pallas_kernels.deviceless.target import DevicelessError
 
 
 class Code(NamedTuple):
@@ -23,6 +23,10 @@ class Code(NamedTuple):
   tcgen05: int  # Of Blackwell's.
   fp8: int  # Any instruction on e4m3 or e5m2 numbers, conversions too.
 
+  @property
+  def tensor_cores(self) -> int:
+    return self.mma + self.wgmma + self.tcgen05
+
 
 class Report(NamedTuple):
   """What ptxas says of one kernel."""
@@ -36,14 +40,16 @@ class Report(NamedTuple):
 
 
 def scan(dump: str | Path, module: str = "*") -> dict[Path, Code]:
-  """Counts for every PTX file of the folder given to `environment(dump)`.
+  """Counts for every PTX file of the folder that XLA dumped to (`xla_dump_to`).
 
-  `module` is the program's name, such as "jit_step" (a glob). PlanError if there is no file, for
-  then nothing has been checked.
+  `module` is the program's name, such as "jit_step" (a glob). DevicelessError if there is no
+  file, for then nothing has been checked.
   """
   files = sorted(Path(dump).glob(f"module_*.{module}.*ptx"))
   if not files:
-    raise PlanError(f"{dump} holds no PTX of a program named {module!r}: was it compiled there?")
+    raise DevicelessError(
+      f"{dump} holds no PTX of a program named {module!r}: was it compiled there?"
+    )
   return {f: count(f.read_text()) for f in files}
 
 
@@ -80,14 +86,14 @@ def ptxas(path: str | Path) -> list[Report]:
   text = Path(path).read_text()
   target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
   if not target:
-    raise PlanError(f"{path} names no .target, so it is no PTX")
+    raise DevicelessError(f"{path} names no .target, so it is no PTX")
   done = subprocess.run(
     [_program(), "-v", f"-arch={target[1]}", str(path), "-o", "/dev/null"],
     capture_output=True,
     text=True,
   )
   if done.returncode:
-    raise PlanError(f"ptxas refuses {path}: {done.stderr.strip().splitlines()[-1]}")
+    raise DevicelessError(f"ptxas refuses {path}: {done.stderr.strip().splitlines()[-1]}")
   return parse_report(done.stderr)
 
 
@@ -119,4 +125,4 @@ def _program() -> str:
     program = Path(folder, "cuda_nvcc", "bin", "ptxas")
     if program.exists():
       return str(program)
-  raise PlanError('ptxas comes with the CUDA wheels: pip install "gemjax[cuda12]"')
+  raise DevicelessError('ptxas comes with the CUDA wheels: pip install "gemjax[cuda12]"')

@@ -2,8 +2,8 @@
 
 import pytest
 
-from gemjax.plan import ptx
-from gemjax.plan.target import PlanError, has_cuda_wheels
+from pallas_kernels.deviceless import ptx
+from pallas_kernels.deviceless.target import DevicelessError, has_cuda_wheels
 
 KERNEL = """
 .version 8.8
@@ -38,7 +38,7 @@ def test_instructions_are_counted():
 
 
 def test_a_folder_is_scanned_and_an_empty_one_refused(tmp_path):
-  with pytest.raises(PlanError, match="no PTX of a program named 'jit_f'"):
+  with pytest.raises(DevicelessError, match="no PTX of a program named 'jit_f'"):
     ptx.cas_loops(tmp_path, "jit_f")
   (tmp_path / "module_0001.jit_f.1.ptx").write_text(KERNEL)
   (tmp_path / "module_0001.jit_f.2.ptx").write_text("")
@@ -71,8 +71,8 @@ def test_the_report_of_ptxas_is_read():
 def test_ptxas_refuses_what_is_no_program(tmp_path):
   path = tmp_path / "k.ptx"
   path.write_text("nothing")
-  with pytest.raises(PlanError, match=r"names no \.target"):
+  with pytest.raises(DevicelessError, match=r"names no \.target"):
     ptx.ptxas(path)
   path.write_text(KERNEL)
-  with pytest.raises(PlanError, match="ptxas refuses"):
+  with pytest.raises(DevicelessError, match="ptxas refuses"):
     ptx.ptxas(path)
