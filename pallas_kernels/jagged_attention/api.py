@@ -1,0 +1,236 @@
+"""Attention between jagged sequences: generalised dot-product attention (GDPA).
+
+Letters: S segments, T queries, E keys, H heads, D width of a head, N buckets of a bias.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import segments
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.jagged_attention import reference, rotary, triton, xla
+from pallas_kernels.jagged_attention.activation import POINTWISE, SOFTMAX
+from pallas_kernels.jagged_attention.bias import RelativeBias
+from pallas_kernels.jagged_attention.form import Form, Plan, Saved
+from pallas_kernels.jagged_attention.visible import key_positions, visible
+
+_OP = "jagged_attention"
+
+
+def jagged_attention(
+  q_THD: jax.Array,
+  k_EHD: jax.Array,
+  v_EHD: jax.Array,
+  q_offsets_S1: jax.Array,
+  kv_offsets_S1: jax.Array | None = None,
+  *,
+  activation: str = SOFTMAX,
+  scale: float | None = None,
+  norm: float | str | None = None,
+  causal: bool = False,
+  window: int | None = None,
+  block: int | None = None,
+  kv_segment_S: jax.Array | None = None,
+  biases: Sequence[RelativeBias] = (),
+  qk_norm: tuple[jax.Array, jax.Array] | None = None,
+  rope: float | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Every query's sum over the keys it sees in its own segment.
+
+      out_t = sum_e f(s_te) v_e / norm_t,     s_te = scale * q_t.k_e + sum of biases_te
+
+  over keys e that t sees. f is the softmax over them, or SiLU, GELU (tanh) or ReLU^2 of each alone.
+  All masks are intervals of keys (visible.py); tiles outside of them are not visited, forward or
+  backward. Sums are float32. The same inputs give the same bits: nothing is added atomically.
+
+  Args:
+    q_THD, k_EHD, v_EHD: bf16, fp16 or float32, all the same. Rows outside the segments may hold
+      anything; their output and gradients are 0. A query that sees no key has output 0.
+    q_offsets_S1: int32, rising; segment s has the queries [q_offsets[s], q_offsets[s + 1]).
+    kv_offsets_S1: The same of keys; None for self-attention, where T must equal E.
+    activation: "softmax", "silu", "gelu" or "relu2".
+    scale: Of q.k; 1 / sqrt(D) for the softmax and 1 for the others (HSTU) unless given.
+    norm: What the others are divided by: a number (HSTU: the longest length), or "length" for the
+      number of keys of the segment. None divides by nothing. The softmax has none.
+    causal: A query sees keys up to its own position. The last query of a segment stands at its last
+      key, so that fewer queries than keys are the segment's most recent ones.
+    window: Sees only keys nearer than this many positions; of those with `causal` the past ones.
+    block: Sees only the keys of its own block of so many positions (GEM's BlockAttention has 64).
+    kv_segment_S: int32, never falling: whose keys a segment of queries attends to, so that candidates
+      of one request share its keys. Its own number unless given.
+    biases: Additive relative biases, each with a table (H, N) that has a gradient.
+    qk_norm: (gain_D of queries, gain_D of keys): RMS norm of each head before the product.
+    rope: Base of rotary positions, such as 10000; None for none. D must be even.
+    implementation: See dispatch.py.
+
+  Returns:
+    out_THD in the dtype of q.
+
+  PMA (few queries that all segments share): q = jnp.tile(seed_MHD, (S, 1, 1)), q_offsets = M *
+  arange(S + 1); queries of many segments then share a tile, and each key is read once.
+
+  Raises:
+    ValueError: Shapes, dtypes or options that do not fit.
+    Refused: An implementation asked for by name that cannot do it.
+
+  Source: HSTU (arXiv 2402.17152, 3.2); FlashAttention-2 (arXiv 2307.08691) for the order of work;
+    GDPA and BlockAttention of Meta's GEM (engineering.fb.com, 2025-11-10 and 2026-08-03).
+  """
+  arrays = (q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, tuple(biases), qk_norm)
+  q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, biases, qk_norm = jax.tree.map(
+    jnp.asarray, arrays
+  )
+  kv_offsets_S1 = q_offsets_S1 if kv_offsets_S1 is None else kv_offsets_S1
+  _check(q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, biases, qk_norm)
+  _check_options(activation, norm, window, block, rope, q_THD.shape[2])
+  if scale is None:
+    scale = 1 / math.sqrt(q_THD.shape[2]) if activation == SOFTMAX else 1.0
+
+  options = {"causal": causal, "window": window, "block": block}
+  seen = visible(q_offsets_S1, kv_offsets_S1, kv_segment_S, len(q_THD), **options)
+  if qk_norm is not None:
+    q_THD = rotary.rms_norm(_own(q_THD, q_offsets_S1), qk_norm[0])
+    k_EHD = rotary.rms_norm(_own(k_EHD, kv_offsets_S1), qk_norm[1])
+  if rope is not None:
+    q_THD = rotary.rotate(q_THD, seen.position_T, rope)
+    k_EHD = rotary.rotate(k_EHD, key_positions(kv_offsets_S1, len(k_EHD)), rope)
+  gain_T = jnp.ones(q_THD.shape[:1], jnp.float32)
+  if norm == "length":
+    gain_T /= jnp.maximum(seen.keys_T, 1)
+  elif norm is not None:
+    gain_T /= norm
+  plan = Plan(
+    q_offsets_S1,
+    kv_offsets_S1,
+    seen.lo_T,
+    seen.hi_T,
+    gain_T,
+    tuple(b.q_T for b in biases),
+    tuple(b.kv_E for b in biases),
+  )
+  form = Form(activation, float(scale), tuple(b.buckets for b in biases))
+  tables = tuple(b.table_HN for b in biases)
+  if not len(q_THD) or not len(k_EHD) or len(q_offsets_S1) == 1:
+    return jnp.zeros_like(q_THD)
+  if implementation == "reference":
+    return reference.attend(form, q_THD, k_EHD, v_EHD, tables, plan)
+  return _attend(form, implementation, q_THD, k_EHD, v_EHD, tables, plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(form: Form, implementation: str | None, q_THD, k_EHD, v_EHD, tables, plan: Plan):
+  return _attend_forward(form, implementation, q_THD, k_EHD, v_EHD, tables, plan)[0]
+
+
+def _attend_forward(form, implementation, q_THD, k_EHD, v_EHD, tables, plan):
+  args = (q_THD, k_EHD, v_EHD, tables, plan)
+  saved: Saved = dispatch(
+    _OP,
+    implementation,
+    {
+      "xla": functools.partial(xla.forward, form),
+      "triton": functools.partial(triton.forward, form),
+    },
+    *args,
+    refusal=triton.refusal(q_THD, k_EHD, tables),
+  )
+  return saved.out_THD, (*args, saved)
+
+
+def _attend_backward(form, implementation, residuals, g_THD):
+  q_THD, k_EHD, _, tables, plan, _ = residuals
+  found = dispatch(
+    _OP,
+    implementation,
+    {
+      "xla": functools.partial(xla.backward, form),
+      "triton": functools.partial(triton.backward, form),
+    },
+    *residuals,
+    g_THD,
+    refusal=triton.refusal(q_THD, k_EHD, tables),
+  )
+  dtables = tuple(d.astype(t.dtype) for d, t in zip(found.tables, tables))
+  return found.q_THD, found.k_EHD, found.v_EHD, dtables, jax.tree.map(lambda _: None, plan)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _own(x_THD: jax.Array, offsets_S1: jax.Array) -> jax.Array:
+  """Rows outside the segments as zeros: they may be NaN, and a gain's gradient sums over all rows."""
+  row_T = jnp.arange(len(x_THD))
+  own_T = (row_T >= offsets_S1[0]) & (row_T < offsets_S1[-1])
+  return jnp.where(own_T[:, None, None], x_THD, 0)
+
+
+def _check(q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, biases, qk_norm) -> None:
+  if q_THD.ndim != 3 or k_EHD.ndim != 3 or k_EHD.shape != v_EHD.shape:
+    raise ValueError(
+      f"{_OP}: q must be (queries, heads, width), k and v both (keys, heads, width), "
+      f"are {q_THD.shape}, {k_EHD.shape}, {v_EHD.shape}"
+    )
+  if q_THD.shape[1:] != k_EHD.shape[1:]:
+    raise ValueError(
+      f"{_OP}: q and k must have the same heads and width, have {q_THD.shape[1:]}, {k_EHD.shape[1:]}"
+    )
+  if not q_THD.dtype == k_EHD.dtype == v_EHD.dtype or not jnp.issubdtype(q_THD.dtype, jnp.floating):
+    raise ValueError(
+      f"{_OP}: q, k and v must have one float dtype, have {q_THD.dtype}, {k_EHD.dtype}, {v_EHD.dtype}"
+    )
+  segments.check_offsets(_OP, "q_offsets", q_offsets_S1)
+  segments.check_offsets(_OP, "kv_offsets", kv_offsets_S1)
+  queried = len(q_offsets_S1) - 1
+  if kv_segment_S is not None:
+    if kv_segment_S.shape != (queried,) or kv_segment_S.dtype != jnp.int32:
+      raise ValueError(
+        f"{_OP}: kv_segment must be int32 of shape ({queried},), one a segment of queries, "
+        f"is {kv_segment_S.dtype} of shape {kv_segment_S.shape}"
+      )
+  elif len(kv_offsets_S1) != len(q_offsets_S1):
+    raise ValueError(
+      f"{_OP}: queries have {queried} segments and keys {len(kv_offsets_S1) - 1}; "
+      "give kv_segment where segments share keys"
+    )
+  for i, bias in enumerate(biases):
+    wanted = {"table_HN": (q_THD.shape[1], bias.table_HN.shape[-1])}
+    wanted |= {"q_T": q_THD.shape[:1], "kv_E": k_EHD.shape[:1]}
+    for name, shape in wanted.items():
+      if getattr(bias, name).shape != shape:
+        raise ValueError(
+          f"{_OP}: {name} of bias {i} must have the shape {shape}, has {getattr(bias, name).shape}"
+        )
+    if bias.q_T.dtype != jnp.int32 or bias.kv_E.dtype != jnp.int32:
+      raise ValueError(
+        f"{_OP}: coordinates of bias {i} must be int32, are {bias.q_T.dtype} and {bias.kv_E.dtype}"
+      )
+  for gain_D in qk_norm or ():
+    if gain_D.shape != q_THD.shape[2:]:
+      raise ValueError(f"{_OP}: gains of qk_norm must be {q_THD.shape[2:]}, one is {gain_D.shape}")
+
+
+def _check_options(activation, norm, window, block, rope, width) -> None:
+  if activation != SOFTMAX and activation not in POINTWISE:
+    raise ValueError(
+      f"{_OP}: activation {activation!r} is not one of {', '.join([SOFTMAX, *POINTWISE])}"
+    )
+  if norm is not None and activation == SOFTMAX:
+    raise ValueError(f"{_OP}: the softmax sums to 1, so norm={norm!r} must be None")
+  if (
+    isinstance(norm, str) and norm != "length" or not isinstance(norm, str | None) and not norm > 0
+  ):
+    raise ValueError(f'{_OP}: norm must be a positive number, "length" or None, is {norm!r}')
+  for name, value in (("window", window), ("block", block)):
+    if value is not None and value < 1:
+      raise ValueError(f"{_OP}: {name} must be at least 1 position, is {value}")
+  if rope is not None and (width % 2 or not rope > 1):
+    raise ValueError(
+      f"{_OP}: rope turns pairs of columns by a base above 1, has base {rope} and width {width}"
+    )

@@ -1,0 +1,58 @@
+"""Additive bias of a score by how far its query and its key lie apart, in positions or in seconds.
+
+    bias_ij = table[head, bucket(x_i - x_j)]
+
+Distances fall into buckets that widen with them, 2^bits to each octave, by integers alone, so that all
+implementations agree: with the distance d as a float32, its exponent and the first `bits` bits of its
+mantissa are the bucket. Distances below 2^(bits + 1) have buckets of their own.
+
+    bucket(0) = 0;   bucket(d) = 1 + (bits of float32(d) >> (23 - bits)) - (127 << bits)
+
+T5 (arXiv 1910.10683, 2.1) and HSTU (arXiv 2402.17152, 3.2) widen their buckets likewise, by logarithms.
+Letters: H heads, N buckets, T queries, E keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, slots=True)
+class Buckets:
+  """How distances fall into the columns of a table.
+
+  bits: 2^bits buckets an octave, 0 to 8.
+  signed: Keys after the query have N / 2 buckets of their own, the second half of the table;
+    otherwise only |d| counts.
+  """
+
+  bits: int = 1
+  signed: bool = False
+
+  def __call__(self, distance: jax.Array, count: int) -> jax.Array:
+    """The bucket of every int32 distance, among `count`; the last one holds all beyond it."""
+    side = count // 2 if self.signed else count
+    bits = jax.lax.bitcast_convert_type(jnp.abs(distance).astype(jnp.float32), jnp.int32)
+    bucket = jnp.maximum((bits >> (23 - self.bits)) - (127 << self.bits) + 1, 0)
+    bucket = jnp.minimum(bucket, side - 1)
+    return jnp.where(distance < 0, bucket + side, bucket) if self.signed else bucket
+
+
+class RelativeBias(NamedTuple):
+  """One additive bias; its gradient goes to the table.
+
+  table_HN: Of any float dtype.
+  q_T, kv_E: int32 coordinates of queries and keys, such as seconds or positions; their differences
+    must fit into int32.
+  buckets: Static.
+  """
+
+  table_HN: jax.Array
+  q_T: jax.Array
+  kv_E: jax.Array
+  buckets: Buckets = Buckets()
