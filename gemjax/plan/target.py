@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels.deviceless import target as deviceless
 from pallas_kernels.deviceless.target import OPTIONS, TARGETS, Target, has_cuda_wheels
 
-REQUIRED_FLAGS = tuple(f"--{name}={value}" for name, value in OPTIONS.items())
+REQUIRED_FLAGS = tuple(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
 SCHEDULE_FLAGS = (
   "--xla_gpu_enable_latency_hiding_scheduler=true",
   "--xla_gpu_enable_analytical_sol_latency_estimator=true",

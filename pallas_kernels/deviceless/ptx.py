@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -81,14 +82,31 @@ def count(text: str) -> Code:
   )
 
 
+def arch(text: str) -> str:
+  """The GPU that a PTX text is written for, such as "sm_90a"."""
+  found = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
+  if not found:
+    raise DevicelessError("the text names no .target, so it is no PTX")
+  return found[1]
+
+
+def threads(text: str) -> int:
+  """Threads of a block of the kernel in a PTX text: those it requires, or the most it allows."""
+  found = re.search(r"^\.(?:req|max)ntid\s+(\d+),\s*(\d+),\s*(\d+)", text, re.MULTILINE)
+  if not found:
+    raise DevicelessError("the PTX does not say how many threads a block has")
+  return math.prod(map(int, found.groups()))
+
+
+def tensor_columns(text: str) -> int:
+  """Columns of tensor memory that a block of the kernel in a PTX text allocates (sm_100a)."""
+  return sum(map(int, re.findall(r"tcgen05\.alloc\.[^;\]]*\],\s*(\d+);", text)))
+
+
 def ptxas(path: str | Path) -> list[Report]:
   """Compiles a PTX file with the ptxas of the CUDA wheels, for the GPU that it is written for."""
-  text = Path(path).read_text()
-  target = re.search(r"^\.target\s+(\w+)", text, re.MULTILINE)
-  if not target:
-    raise DevicelessError(f"{path} names no .target, so it is no PTX")
   done = subprocess.run(
-    [_program(), "-v", f"-arch={target[1]}", str(path), "-o", "/dev/null"],
+    [_program(), "-v", f"-arch={arch(Path(path).read_text())}", str(path), "-o", "/dev/null"],
     capture_output=True,
     text=True,
   )

@@ -12,7 +12,7 @@ import numpy as np
 
 # Options of XLA. There is no device to autotune on. Matrix products go to cuBLAS by name, so that
 # they (and `$f8`, the fp8 ones) are seen in the compiled text.
-OPTIONS = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "false"}
+OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 class DevicelessError(ValueError):
@@ -125,6 +125,14 @@ def has_cuda_wheels() -> bool:
     return False
 
 
+def check_cuda_wheels() -> None:
+  """DevicelessError without the CUDA wheels."""
+  if not has_cuda_wheels():
+    raise DevicelessError(
+      'compiling for GPUs needs the CUDA wheels and no GPU: pip install "gemjax[cuda12]"'
+    )
+
+
 def devices(target: Target, hosts: int = 1, gpus_per_host: int = 1) -> np.ndarray:
   """Abstract devices [hosts, gpus_per_host] to compile for, in the order of their ids.
 
@@ -133,10 +141,7 @@ def devices(target: Target, hosts: int = 1, gpus_per_host: int = 1) -> np.ndarra
   DevicelessError without the CUDA wheels. JAX's platforms must be "cpu": else its plugin looks for
   a driver and refuses.
   """
-  if not has_cuda_wheels():
-    raise DevicelessError(
-      'compiling for GPUs needs the CUDA wheels and no GPU: pip install "gemjax[cuda12]"'
-    )
+  check_cuda_wheels()
   from jax.experimental import topologies
 
   found = topologies.get_topology_desc(
