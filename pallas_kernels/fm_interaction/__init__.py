@@ -1,0 +1,1 @@
+"""fm_interaction: a factorisation machine and its layer norm in one pass; see api.py."""
