@@ -1,0 +1,1 @@
+"""Row-wise AdaGrad of the rows that a batch looked up."""
