@@ -44,6 +44,12 @@ def square(x_ref, o_ref):
   o_ref[...] = plgpu.dot(x_ref[...], x_ref[...]).astype(o_ref.dtype)
 
 
+def greedy(x_ref, o_ref):
+  """Two matrices of sums at a time: 256 registers of a thread, which has 255, for one warp."""
+  y = plgpu.dot(x_ref[...], x_ref[...])
+  o_ref[...] = (y * plgpu.dot(y.astype(x_ref.dtype), x_ref[...])).astype(o_ref.dtype)
+
+
 def slow_square(x_ref, o_ref):
   """A matrix product as a loop of outer products, which tensor cores do not do."""
   x = x_ref[...].astype(jnp.float32)
@@ -78,11 +84,10 @@ def test_a_good_kernel_has_no_defect_and_its_figures(target):
 
 @needs_wheels
 def test_a_kernel_that_spills_is_caught():
-  """128 x 128 sums over 32 lanes are 512 registers; a thread has 255."""
-  (row,), defects = report.examine(case(square, warps=1, width=128), A100)
-  assert row["registers"] == 255 and row["spill_bytes"] > 0 and row["stack_bytes"] > 0
+  (row,), defects = report.examine(case(greedy, warps=1), A100)
+  assert row["spill_bytes"] > 0 and row["stack_bytes"] > 0
   spill, stack = defects
-  assert spill.startswith("made_up triton sm_80 forward w128: kernel by_hand spills ")
+  assert spill.startswith("made_up triton sm_80 forward w64: kernel by_hand spills ")
   assert "stack frame" in stack
 
 
