@@ -1,0 +1,1 @@
+"""Jagged arrays side by side."""

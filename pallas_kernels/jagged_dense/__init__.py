@@ -1,0 +1,1 @@
+"""Jagged arrays to padded ones and back."""

@@ -1,0 +1,1 @@
+"""Segments of jagged arrays pooled: sum, mean, maximum, or the last rows."""
