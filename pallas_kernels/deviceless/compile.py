@@ -57,9 +57,9 @@ def compile_kernels(fn: Callable[..., Any], args: Sequence[Any], target: Target)
 def _triton(text: str, dump: Path) -> Iterator[Kernel]:
   """The kernels of the Triton lowering."""
   calls = [line for line in text.splitlines() if f'custom_call_target="{_TRITON}"' in line]
-  names = {re.search(r', name = "(\w+)"', call)[1] for call in calls}
-  (thunks,) = dump.glob("*thunk_sequence.txt")
-  shared = dict(re.findall(r"(\w+) grid: .* shared_memory: (\d+) bytes", thunks.read_text()))
+  names = {_first(r', name = "(\w+)"', call) for call in calls}
+  thunks = "".join(path.read_text() for path in dump.glob("*thunk_sequence.txt"))
+  shared = dict(re.findall(r"(\w+) grid: .* shared_memory: (\d+) bytes", thunks))
   for path in sorted(dump.glob("module_*.ptx")):
     code = path.read_text()
     for entry in ptx.count(code).kernels:
@@ -77,15 +77,15 @@ def _mosaic(text: str, dump: Path) -> Iterator[Kernel]:
   Mosaic compiles a module once in a process and dumps nothing the second time, so they are kept.
   """
   calls = [line for line in text.splitlines() if f'custom_call_target="{_MOSAIC}"' in line]
-  hashes = dict.fromkeys(re.search(r'kernel_hash = "([^"]*)"', call)[1] for call in calls)
+  hashes = dict.fromkeys(_first(r'kernel_hash = "([^"]*)"', call) for call in calls)
   new = [h for h in hashes if h not in _compiled_by_mosaic]
   found = sorted(set(dump.glob("*.ptx")) - set(dump.glob("module_*.ptx")))
   if len(new) != len(found):
     raise DevicelessError(f"Mosaic compiled {len(new)} kernels but dumped {len(found)}")
   for h, path in zip(new, found):
     code, passes = path.read_text(), path.with_suffix(".mlir-passes.log").read_text()
-    launched = re.search(r"dynamic_shared_memory_size (%\w+)", passes)[1]
-    dynamic = re.search(rf"{launched} = arith.constant (\d+) :", passes)[1]
+    dynamic = _first(r"dynamic_shared_memory_size (%\w+)", passes)
+    dynamic = _first(rf"{dynamic} = arith.constant (\d+) :", passes)
     (entry,) = ptx.count(code).kernels
     taken = ptx.parse_report(path.with_suffix(".ptxas").read_text())
     name = entry.removesuffix("_mosaic_gpu_kernel")
@@ -114,6 +114,14 @@ def _mosaic_dumps_to(dump: Path) -> Iterator[None]:
         del os.environ[name]
       else:
         os.environ[name] = value
+
+
+def _first(pattern: str, text: str) -> str:
+  """The group of the pattern's first match."""
+  found = re.search(pattern, text)
+  if not found:
+    raise DevicelessError(f"what the compiler wrote has no {pattern!r}: {text[:160]!r}")
+  return found[1]
 
 
 def _kernel(name: str, code: str, taken: list[ptx.Report], dynamic_shared_bytes: int) -> Kernel:
