@@ -1,0 +1,327 @@
+"""Forward pass in the Mosaic GPU lowering for Hopper (sm_90a): wgmma, TMA, groups of warps with roles.
+
+A block of threads has one tile of 128 queries and one head. Its third group of warps does nothing but
+copy tiles of keys and values into a ring in shared memory; the other two have 64 queries each and take
+them from there, so that one multiplies while the other takes exponentials (FlashAttention-3, arXiv
+2407.08608, 3.1). Every barrier of the ring says "filled" or "free" of one of its places.
+
+The tensor memory accelerator reads rows at any offset and gives zeros beyond an array's end, but it
+writes whole boxes, and a tile's last rows are followed by those of another. So the rows that are its
+own are written as boxes of 64, 32, ..., 1 rows: one for a full half tile, six at most.
+
+The interpreter of JAX 0.10.2 runs all of it but four things, which `_Interpreted` does in plain JAX
+in place of `_Compiled`: layouts of registers, loads (jaxpr_interpret.py binds both as if they were
+arithmetic) and, in gpu_callbacks.wgmma, operands in registers and transposed ones. So barriers,
+addresses, masks, sums and stores are tested as they are; the products' instructions are compiled only.
+
+Letters: B queries of a group of warps, G groups, K keys of a tile, T queries, E keys, H heads, D width,
+C columns that a group multiplies at once, N tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.jagged_attention import tiles
+from pallas_kernels.jagged_attention.activation import POINTWISE
+from pallas_kernels.jagged_attention.form import Form, Plan, Saved
+
+WIDTHS = (64, 128, 256)
+KERNEL = "jagged_attention_forward_mosaic"
+GROUPS, ROWS = 2, 64  # Groups that compute; wgmma has 64 rows.
+# Registers of a thread: 65,536 are 2 * 128 * 240 + 128 * 24 and some.
+_REGISTERS, _REGISTERS_OF_COPIES = 240, 24
+_TINY = plgpu.Layout.WGMMA.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Launch:
+  """Keys of a tile, places of the ring, columns of the output that are multiplied at once."""
+
+  keys: int
+  places: int
+  columns: int
+
+
+def launch(width: int) -> Launch:
+  """What fits into 227 KB of shared memory and 240 registers (python -m pallas_kernels.report)."""
+  return {64: Launch(128, 3, 64), 128: Launch(128, 2, 128), 256: Launch(64, 2, 64)}[width]
+
+
+def refusal(q_THD: jax.Array, k_EHD: jax.Array, tables: tuple[jax.Array, ...]) -> str | None:
+  """Why the kernel cannot do it; None where it can."""
+  if q_THD.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"its dtypes are bfloat16 and float16, not {q_THD.dtype}"
+  if q_THD.shape[2] not in WIDTHS:
+    return f"a head's width must be one of {WIDTHS}, is {q_THD.shape[2]}"
+  if tables:
+    return f"it has no biases, and there are {len(tables)}"
+  if not len(q_THD) or not len(k_EHD):
+    return f"there are {len(q_THD)} queries and {len(k_EHD)} keys"
+  return None
+
+
+class _Compiled:
+  """What Hopper's tensor cores and registers do."""
+
+  @staticmethod
+  def columns(shape):
+    """The number of the column, in each element."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+
+  @staticmethod
+  def full(shape, value):
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else _TINY
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+  @staticmethod
+  def row_terms(ref_B):
+    """(B,) of shared memory, to lie with the rows of a product."""
+    return plgpu.load(ref_B, (), layout=_TINY, optimized=False)
+
+  @staticmethod
+  def scores(q_BD, k_KD):
+    def body(sum_BK):
+      plgpu.wgmma(sum_BK, q_BD, plgpu.transpose_ref(k_KD, (1, 0)))
+      return sum_BK[...]
+
+    return pl.run_scoped(body, plgpu.ACC((q_BD.shape[0], k_KD.shape[0]), jnp.float32))
+
+  @staticmethod
+  def product(weight_BK, v_KD, columns):
+    def body(sum_BC):
+      plgpu.wgmma(sum_BC, weight_BK, v_KD.at[:, columns])
+      return sum_BC[...]
+
+    count = columns.stop - columns.start
+    return pl.run_scoped(body, plgpu.ACC((weight_BK.shape[0], count), jnp.float32))
+
+
+class _Interpreted:
+  """The same on arrays that have no layout."""
+
+  @staticmethod
+  def columns(shape):
+    return lax.broadcasted_iota(jnp.int32, shape, 1)
+
+  @staticmethod
+  def full(shape, value):
+    return jnp.full(shape, value, jnp.float32)
+
+  @staticmethod
+  def row_terms(ref_B):
+    return ref_B[...]
+
+  @staticmethod
+  def scores(q_BD, k_KD):
+    return jnp.dot(q_BD[...], k_KD[...].T, preferred_element_type=jnp.float32)
+
+  @staticmethod
+  def product(weight_BK, v_KD, columns):
+    return jnp.dot(weight_BK, v_KD[...][:, columns], preferred_element_type=jnp.float32)
+
+
+def _across(x_B, like):
+  """(B,) repeated over the columns of `like`."""
+  return lax.broadcast_in_dim(x_B, like.shape, (0,))
+
+
+def _weights(form: Form, score, rows, carry):
+  """(weights, shrinkage of the sums so far, the new carry) of one tile of scores that are masked."""
+  if not form.softmax:
+    gain_B = rows
+    return POINTWISE[form.activation].value(score * form.scale) * _across(gain_B, score), None, carry
+  # In powers of two, which is what the hardware has.
+  top_B, sum_B = carry
+  factor = abs(form.scale) * math.log2(math.e) or 1.0
+  higher_B = jnp.maximum(top_B, jnp.max(score, axis=1) * factor)
+  anchor_B = jnp.where(higher_B == -jnp.inf, 0.0, higher_B)
+  weight = jnp.exp2(score * factor - _across(anchor_B, score))
+  shrink_B = jnp.exp2(top_B - anchor_B)
+  return weight, shrink_B, (higher_B, sum_B * shrink_B + jnp.sum(weight, axis=1))
+
+
+def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
+  tile_refs, (limits_ref, gain_ref, q_ref, k_ref, v_ref), refs = refs[:6], refs[6:11], refs[11:]
+  out_ref, log_ref, *scratch = refs if form.softmax else (refs[0], None, *refs[1:])
+  smem, ready, filled, freed = scratch[:6], scratch[6], scratch[7:9], scratch[9:11]
+  limits_smem, row_smem, q_smem, k_smem, v_smem, out_smem = smem
+  program, group = lax.axis_index("program"), lax.axis_index("group")
+  tile, head = lax.div(program, heads), lax.rem(program, heads)
+  start, stop, first, last, inner_first, inner_last = (ref[tile] for ref in tile_refs)
+  steps = lax.div(last - first + shape.keys - 1, shape.keys)
+  alive = start < stop
+
+  @pl.when(alive & (group == GROUPS))
+  def _copies():
+    plgpu.set_max_registers(_REGISTERS_OF_COPIES, action="decrease")
+    plgpu.copy_gmem_to_smem(limits_ref.at[tile], limits_smem, ready)
+    if not form.softmax:
+      plgpu.copy_gmem_to_smem(gain_ref.at[tile], row_smem, ready)
+    for g in range(GROUPS):
+      rows = pl.ds(start + g * ROWS, ROWS)
+      plgpu.copy_gmem_to_smem(q_ref.at[rows, head], q_smem.at[g], ready)
+
+    @pl.loop(0, steps)
+    def _step(j):
+      place = lax.rem(j, shape.places)
+      keys = pl.ds(first + j * shape.keys, shape.keys)
+      for ref, ring, filled_P, freed_P in zip((k_ref, v_ref), (k_smem, v_smem), filled, freed):
+        pl.when(j >= shape.places)(lambda: plgpu.barrier_wait(freed_P.at[place]))
+        plgpu.copy_gmem_to_smem(ref.at[keys, head], ring.at[place], filled_P.at[place])
+
+  @pl.when(alive & (group < GROUPS))
+  def _computes():
+    plgpu.set_max_registers(_REGISTERS, action="increase")
+    width = q_smem.shape[-1]
+    parts = [slice(c, c + shape.columns) for c in range(0, width, shape.columns)]
+    plgpu.barrier_wait(ready)
+    lo_B, hi_B = (on.row_terms(limits_smem.at[group, i]) for i in range(2))
+    gain_B = None if form.softmax else on.row_terms(row_smem.at[group])
+
+    def step(j, sums):
+      outs_BC, carry = sums
+      place = lax.rem(j, shape.places)
+      key = first + j * shape.keys
+      # A place is freed only if it is to be filled again, so that none is freed unheard.
+      again = j + shape.places < steps
+      plgpu.barrier_wait(filled[0].at[place])
+      score = on.scores(q_smem.at[group], k_smem.at[place])
+      pl.when(again)(lambda: plgpu.barrier_arrive(freed[0].at[place]))
+
+      def masked(x, fill):
+        def mask(x):
+          column = on.columns(x.shape)
+          seen = column >= _across(lo_B - key, x)
+          seen &= column < _across(hi_B - key, x)
+          return jnp.where(seen, x, fill)
+
+        inside = (key >= inner_first) & (key + shape.keys <= inner_last)
+        return lax.cond(inside, lambda x: x, mask, x)
+
+      if form.softmax:
+        score = masked(score, -jnp.inf)
+      weight, shrink_B, carry = _weights(form, score, gain_B, carry)
+      if not form.softmax:
+        weight = masked(weight, 0.0)
+      weight = weight.astype(q_smem.dtype)
+      plgpu.barrier_wait(filled[1].at[place])
+      added = [on.product(weight, v_smem.at[place], part) for part in parts]
+      pl.when(again)(lambda: plgpu.barrier_arrive(freed[1].at[place]))
+      if form.softmax:
+        outs_BC = [x * _across(shrink_B, x) for x in outs_BC]
+      return [x + y for x, y in zip(outs_BC, added)], carry
+
+    zeros = [on.full((ROWS, shape.columns), 0.0) for _ in parts]
+    carry = (on.full((ROWS,), -jnp.inf), on.full((ROWS,), 0.0)) if form.softmax else ()
+    outs_BC, carry = lax.fori_loop(0, steps, step, (zeros, carry))
+    first_row = start + group * ROWS
+    if form.softmax:
+      top_B, sum_B = carry
+      sum_B = jnp.where(sum_B > 0, sum_B, 1.0)
+      outs_BC = [x / _across(sum_B, x) for x in outs_BC]
+      top_B = jnp.where(top_B == -jnp.inf, 0.0, top_B)
+      row_smem.at[group][...] = top_B * math.log(2) + jnp.log(sum_B)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(row_smem.at[group], log_ref.at[tile, head, group])
+    for part, x_BC in zip(parts, outs_BC):
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      out_smem.at[group][...] = x_BC.astype(out_ref.dtype)
+      plgpu.commit_smem()
+      _store(out_smem.at[group], out_ref, head, part, first_row, stop)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _store(x_BC, out_ref, head, part: slice, first_row, stop):
+  """Rows [first_row, stop) of one head and some columns, as boxes of 64, 32, ..., 1 rows."""
+  count = jnp.clip(stop - first_row, 0, ROWS)
+  box = ROWS
+  while box:
+    done = count & -2 * box  # The rows in larger boxes.
+
+    @pl.when(count & box != 0)
+    def _():
+      rows = pl.ds(first_row + done, box)
+      columns = pl.ds(part.start, part.stop - part.start)
+      plgpu.copy_smem_to_gmem(x_BC.at[pl.ds(done, box)], out_ref.at[rows, head, columns])
+
+    box //= 2
+
+
+def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: bool) -> Saved:
+  """The output, and of a softmax the logarithm of its denominators; see `refusal`."""
+  del tables  # Refused.
+  count, heads, width = q_THD.shape
+  shape = launch(width)
+  if form.softmax and form.scale <= 0:
+    q_THD = q_THD * jnp.sign(form.scale).astype(q_THD.dtype)  # The kernel has |scale|, or 1 for 0.
+  # Rows outside of the segments may be NaN. Masks keep their scores out, but 0 * NaN would remain.
+  key_E = jnp.arange(len(v_EHD))
+  inside_E = (key_E >= plan.kv_offsets_S1[0]) & (key_E < plan.kv_offsets_S1[-1])
+  v_EHD = jnp.where(inside_E[:, None, None], v_EHD, 0)
+
+  cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, GROUPS * ROWS)
+  row_NB = cut.start_N[:, None] + jnp.arange(GROUPS * ROWS, dtype=jnp.int32)
+  own_NB = row_NB < cut.stop_N[:, None]
+  row_NB = jnp.where(own_NB, row_NB, count)
+  lo_NB, hi_NB, gain_NB = (
+    x.at[row_NB].get(mode="fill", fill_value=0) for x in (plan.lo_T, plan.hi_T, plan.gain_T)
+  )
+  # All its rows see the keys [inner_first, inner_last): no mask there.
+  inner_first_N = jnp.max(lo_NB, axis=1)
+  inner_last_N = jnp.min(jnp.where(own_NB, hi_NB, jnp.iinfo(jnp.int32).max), axis=1)
+  number = len(cut.start_N)
+  grouped = lambda x_NB: x_NB.reshape(number, GROUPS, ROWS)
+  limits_NG2B = jnp.stack([grouped(lo_NB), grouped(hi_NB)], axis=2)
+
+  outputs = [jax.ShapeDtypeStruct(q_THD.shape, q_THD.dtype)]
+  if form.softmax:
+    outputs.append(jax.ShapeDtypeStruct((number, heads, GROUPS, ROWS), jnp.float32))
+  found = plgpu.kernel(
+    functools.partial(_kernel, form, shape, heads, _Interpreted if interpret else _Compiled),
+    out_type=outputs,
+    scratch_types=_scratch(form, shape, width, q_THD.dtype),
+    grid=(number * heads,),
+    grid_names=("program",),
+    num_threads=GROUPS + 1,
+    thread_name="group",
+    kernel_name=KERNEL,
+    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    interpret=_INTERPRET if interpret else None,
+  )(*cut, inner_first_N, inner_last_N, limits_NG2B, grouped(gain_NB), q_THD, k_EHD, v_EHD)
+  if not form.softmax:
+    return Saved(found[0], jnp.zeros((0, 0), jnp.float32))
+  log_NBH = jnp.moveaxis(found[1].reshape(number, heads, GROUPS * ROWS), 1, 2)
+  log_TH = jnp.zeros((count, heads), jnp.float32)
+  return Saved(found[0], log_TH.at[row_NB].set(log_NBH, mode="drop", unique_indices=True))
+
+
+# Beyond the end of an array there are zeros, as TMA gives them.
+_INTERPRET = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+
+
+def _scratch(form: Form, shape: Launch, width: int, dtype) -> list:
+  tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # As wgmma reads it.
+  ring = plgpu.SMEM((shape.places, shape.keys, width), dtype, transforms=tiled)
+  filled = plgpu.Barrier(num_barriers=shape.places)
+  freed = plgpu.Barrier(num_arrivals=GROUPS, num_barriers=shape.places)
+  return [
+    plgpu.SMEM((GROUPS, 2, ROWS), jnp.int32),
+    plgpu.SMEM((GROUPS, ROWS), jnp.float32),  # Gains, or logarithms.
+    plgpu.SMEM((GROUPS, ROWS, width), dtype, transforms=tiled),
+    ring,
+    ring,
+    plgpu.SMEM((GROUPS, ROWS, shape.columns), dtype),
+    plgpu.Barrier(num_arrivals=GROUPS + 1 + (not form.softmax)),  # Copies that are waited for.
+    *(filled, filled),
+    *(freed, freed),
+  ]
