@@ -1,32 +1,19 @@
 """How the kernels cut a shape.
 
-Units, widths and ranks are covered by pieces whose sizes are powers of two from 16 on (160 is
-128 + 32), so that at most 15 rows or columns of a product are padding.
+Axes of products go in pieces whose sizes are powers of two from 16 on, which is what tensor cores
+and Triton take: the pieces of one axis follow each other in a loop, or stand written out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-ROWS = 64  # Units in a tile: what one Hopper warp group multiplies at once.
-MIXTURES = 128 * 32  # Elements of Xᵀ Y, and of its gradient, that registers hold.
-
-Piece = tuple[int, int]  # Start and size; the start may be traced.
-
-
-def pieces(size: int, most: int) -> tuple[Piece, ...]:
-  """Powers of two between 16 and `most` that cover `size`, the largest first."""
-  start, found = 0, []
-  while start < size:
-    left = padded(size - start)
-    piece = min(most, 2 ** int(math.log2(left)))
-    found.append((start, piece))
-    start += piece
-  return tuple(found)
+Piece = tuple[Any, int]  # Start and size; the start is traced in a loop.
 
 
 def padded(size: int) -> int:
@@ -37,13 +24,58 @@ def padded(size: int) -> int:
 def refusal(dtype: jnp.dtype) -> str | None:
   """Why the kernels cannot do it, or None: sizes are no reason."""
   if jnp.dtype(dtype).itemsize > 4:
-    return f"x is {jnp.dtype(dtype).name}, and its tensor cores take at most float32"
+    return f"x is {jnp.dtype(dtype).name}, and tensor cores take at most float32 here"
   return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Axis:
+  """An axis in pieces: all alike for a loop, or the fewest that cover it."""
+
+  size: int
+  most: int  # The largest piece.
+  alike: bool
+
+  @property
+  def pieces(self) -> tuple[Piece, ...]:
+    piece = self.most
+    if self.alike:
+      # A tenth more than the least padding for fewer, larger pieces.
+      while piece > 16 and 10 * -(-self.size // piece) * piece > 11 * padded(self.size):
+        piece //= 2
+    start, found = 0, []
+    while start < self.size:
+      while not self.alike and piece > padded(self.size - start):
+        piece //= 2
+      found.append((start, piece))
+      start += piece
+    return tuple(found)
+
+  @property
+  def padded(self) -> int:
+    return sum(size for _, size in self.pieces)
+
+  def inside(self, piece: Piece) -> Any:
+    """How much of a piece lies on the axis."""
+    start, size = piece
+    if isinstance(start, int):
+      return min(size, self.size - start)
+    return size if self.padded == self.size else jnp.minimum(size, self.size - start)
+
+  def each(self, body: Callable[[Piece, Any], Any], carry: Any = None) -> Any:
+    """body(piece, carry) for one piece after the other."""
+    pieces = self.pieces
+    if self.alike and len(pieces) > 1:
+      size = pieces[0][1]
+      return lax.fori_loop(0, len(pieces), lambda i, c: body((i * size, size), c), carry)
+    for piece in pieces:
+      carry = body(piece, carry)
+    return carry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tiling:
-  """The cut of one shape."""
+  """The cut of one shape: B examples, N units, D width, K rank."""
 
   batch: int
   units: int
@@ -51,55 +83,32 @@ class Tiling:
   rank: int
 
   @property
-  def n(self) -> tuple[Piece, ...]:
-    return pieces(self.units, ROWS)
-
-  @property
-  def d(self) -> tuple[Piece, ...]:
-    return pieces(self.width, 128)
-
-  @property
-  def k(self) -> tuple[Piece, ...]:
-    return pieces(self.rank, 64)
-
-  @property
-  def looped(self) -> bool:
-    """Whether tiles of units are gone through by a loop, where nothing can be kept of each."""
-    return self.units >= 2 * ROWS
-
-  @property
   def paged(self) -> bool:
-    """Whether Xᵀ Y of an example is too large for registers."""
-    return padded(self.width) * padded(self.rank) > MIXTURES
+    """Whether intermediate results of an example are too large for registers."""
+    return self.units > 64 or self.width > 160 or self.rank > 32
 
   @property
-  def stages(self) -> int:
-    """Loads a loop may run ahead: none where it might read a page before that is written."""
-    return 2 if self.looped or not self.paged else 1
+  def n(self) -> Axis:
+    return Axis(self.units, 64, self.paged)
 
   @property
-  def programs(self) -> int:
-    """Each has its own sums over its examples: 64 MiB of them, but a program for any processor.
+  def d(self) -> Axis:
+    return Axis(self.width, 64 if self.paged else 128, self.paged)
 
-    2112 = 16 * 132 and 132 are in step with an H100's 132 processors.
+  @property
+  def k(self) -> Axis:
+    return Axis(self.rank, 32, self.paged)
+
+  @property
+  def warps(self) -> int:
+    if self.paged:
+      return 4
+    elements = self.d.padded * max(self.k.padded, self.n.padded)
+    return 1 if elements <= 512 else 2 if elements <= 1024 else 4
+
+  def programs(self, bytes_each: int) -> int:
+    """Programs, of which each has `bytes_each` of its own: what an L2 cache holds.
+
+    At least one for each processor of an H100 (132), at most sixteen.
     """
-    return min(self.batch, 2112, max(132, 2**26 // (12 * self.units * self.rank)))
-
-  def warps(self, backward: bool) -> int:
-    """By what its registers hold."""
-    mixtures = padded(self.width) * padded(self.rank)
-    for warps, most in ((1, 512), (2, 1024), (4, 4096 if backward else 8192)):
-      if mixtures <= most:
-        return warps
-    return 8
-
-  def over_units(self, body, carry):
-    """body((start, size), carry) for one tile of units after the other."""
-    tiles = self.n
-    if self.looped:
-      whole = self.units // ROWS
-      carry = lax.fori_loop(0, whole, lambda i, c: body((i * ROWS, ROWS), c), carry)
-      tiles = tiles[whole:]
-    for tile in tiles:
-      carry = body(tile, carry)
-    return carry
+    return min(self.batch, max(132, min(16 * 132, 48 * 2**20 // max(1, bytes_each))))

@@ -1,13 +1,12 @@
 """fm_interaction as Pallas kernels in the Triton lowering: one program, some examples in turn.
 
-Mixtures M = Xᵀ Y of an example stay in registers or, where they are large, in a page of the
-program's own that it writes anew for every example. Products P = X M are made tile by tile, anew
-in every pass over units that needs them, or kept where tiles are few:
+  forward   M = Xᵀ Y | P = X M and its moments | P normalised
+  backward  M | P, moments of P and dOut | dP | dM = Xᵀ dP | dX = dP Mᵀ + Y dMᵀ, dY = X dM
 
-  forward   M | moments of P | P normalised and written
-  backward  M | moments of P and dOut | dM = Xᵀ dP | dX = dP Mᵀ + Y dMᵀ, dY = X dM
+What a stage leaves to the next stays in registers or, of a larger example, in pages of the
+program's own, which it writes anew for every example: their size does not grow with the batch.
 
-Letters: B examples, N units, D width of a unit, K rank, T rows and C columns of a tile.
+Letters: B examples, N units, D width of a unit, K rank, P programs, R rows and C columns of a tile.
 """
 
 from __future__ import annotations
@@ -20,29 +19,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.fm_interaction.tiling import Tiling
+from pallas_kernels.fm_interaction.tiling import Axis, Tiling
+
+Shape = jax.ShapeDtypeStruct
 
 
 def forward(x_BND, y, scale_F, bias_F, *, eps: float, interpret: bool) -> jax.Array:
   """(B, N, D), (N, K) or (B, N, K) -> (B, N * K)."""
   inputs = _named(x_BND, y, scale_F, bias_F)
-  outputs = {"out": jax.ShapeDtypeStruct((len(x_BND), *y.shape[-2:]), x_BND.dtype)}
-  return _call("forward", inputs, outputs, eps, interpret)["out"].reshape(len(x_BND), -1)
+  outputs = {"out": Shape((len(x_BND), *y.shape[-2:]), x_BND.dtype)}
+  out = _call("forward", inputs, outputs, (), eps, interpret)["out"]
+  return out.reshape(len(x_BND), -1)
 
 
 def backward(x_BND, y, scale_F, bias_F, gradient_BF, *, eps: float, interpret: bool):
   """Gradients of x, y, scale and bias."""
-  inputs = _named(x_BND, y, scale_F, bias_F)
-  # What examples share has one sum for each program, in float32, and the sum of these: no atomics.
-  shared = [name for name, array in inputs.items() if array.ndim == 2]
-  outputs = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in inputs.items()}
-  for name in shared:
-    shape = (_tiling(inputs).programs, *inputs[name].shape)
-    outputs[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  inputs = _named(x_BND, y, scale_F, None)
+  # What examples share has a sum for each program, and the sum of these: no atomics.
+  sums = [name for name, array in inputs.items() if array.ndim == 2]
+  outputs = {name: Shape(a.shape, a.dtype) for name, a in inputs.items() if name not in sums}
   inputs["gradient"] = gradient_BF.reshape(len(x_BND), *y.shape[-2:])
-  of = _call("backward", inputs, outputs, eps, interpret)
-  of |= {name: of[name].sum(0).astype(inputs[name].dtype) for name in shared}
-  return of["x"], of["y"], *(of[n].reshape(-1) if n in of else None for n in ("scale", "bias"))
+  of = _call("backward", inputs, outputs, sums, eps, interpret)
+  of |= {name: of[name].sum(0).astype(inputs[name].dtype) for name in sums}
+  of_scale = None if scale_F is None else of["scale"].reshape(-1)
+  of_bias = None if bias_F is None else gradient_BF.sum(0, dtype=jnp.float32).astype(bias_F.dtype)
+  return of["x"], of["y"], of_scale, of_bias
 
 
 def _named(x_BND, y, scale_F, bias_F) -> dict[str, jax.Array]:
@@ -52,103 +53,97 @@ def _named(x_BND, y, scale_F, bias_F) -> dict[str, jax.Array]:
   }
 
 
-def _tiling(inputs) -> Tiling:
-  batch, units, width = inputs["x"].shape
-  return Tiling(batch=batch, units=units, width=width, rank=inputs["y"].shape[-1])
-
-
-def _call(direction, inputs, outputs, eps, interpret):
-  tiling = _tiling(inputs)
+def _call(direction, inputs, outputs, sums, eps, interpret):
+  """Runs the kernel; `sums` come out as (P, N, K), one for each program."""
+  (batch, units, width), rank = inputs["x"].shape, inputs["y"].shape[-1]
+  dtype = inputs["x"].dtype
+  tiling = Tiling(batch=batch, units=units, width=width, rank=rank)
+  own = {name: Shape((units, rank), jnp.float32) for name in sums}
   if tiling.paged:
-    page = (tiling.programs, tiling.width, tiling.rank)
-    page = jax.ShapeDtypeStruct(page, inputs["x"].dtype)
-    outputs = outputs | dict.fromkeys(("mixed", "of_mixed")[: 1 + (direction == "backward")], page)
+    own |= {"mixed": Shape((width, rank), dtype), "pairs": Shape((units, rank), jnp.float32)}
+    if direction == "backward":
+      own |= {"of_pairs": Shape((units, rank), dtype), "of_mixed": Shape((width, rank), dtype)}
+  programs = tiling.programs(sum(s.size * s.dtype.itemsize for s in own.values()))
+  outputs = outputs | {name: Shape((programs, *s.shape), s.dtype) for name, s in own.items()}
   body = {"forward": _forward_example, "backward": _backward_example}[direction]
   barrier = (lambda: None) if interpret else plgpu.debug_barrier
 
   def kernel(*refs):
     ins, outs = dict(zip(inputs, refs)), dict(zip(outputs, refs[len(inputs) :]))
-    program, programs = pl.program_id(0), tiling.programs
+    program = pl.program_id(0)
 
     def turn(i, _):
-      body(_Example(tiling, ins, outs, program, program + i * programs, barrier), i, eps)
-      barrier()  # The next turn may read sums in other threads, and turns pages over.
+      body(_Example(tiling, ins, outs, program, program + i * programs, i, barrier), eps)
+      barrier()
 
-    lax.fori_loop(0, (tiling.batch - program + programs - 1) // programs, turn, None)
+    lax.fori_loop(0, (batch - program + programs - 1) // programs, turn, None)
 
   results = pl.pallas_call(
     kernel,
-    grid=(tiling.programs,),
+    grid=(programs,),
     in_specs=[pl.no_block_spec] * len(inputs),
     out_specs=[pl.no_block_spec] * len(outputs),
     out_shape=list(outputs.values()),
     interpret=interpret,
-    compiler_params=plgpu.CompilerParams(
-      num_warps=tiling.warps(direction == "backward"), num_stages=tiling.stages
-    ),
+    compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=2),
     name=f"fm_interaction_{direction}",
   )(*inputs.values())
   return dict(zip(outputs, results))
 
 
-def _forward_example(at: _Example, turn: jax.Array, eps: float) -> None:
-  del turn
-  (mean,), (variance,) = at.moments(lambda n, k: (at.pairs(n, k),), 1)
+def _forward_example(at: _Example, eps: float) -> None:
+  at.mix(at.y, "mixed")
+  (mean,), (variance,) = at.moments(lambda n, k: (at.pair(n, k),), 1)
   inverse = lax.rsqrt(variance + eps)
 
-  def write(n, _):
-    for k in at.tiling.k:
-      normal = (at.pairs(n, k) - mean) * inverse
-      _store(at.outs["out"], normal * at.scale(n, k) + at.bias(n, k), n, k, at.example)
+  def write(n, k):
+    normal = (at.take("pairs", n, k) - mean) * inverse
+    at.write("out", normal * at.learnt("scale", n, k, 1.0) + at.learnt("bias", n, k, 0.0), n, k)
 
-  at.tiling.over_units(write, None)
+  at.tiles(at.tiling.n, at.tiling.k, write)
 
 
-def _backward_example(at: _Example, turn: jax.Array, eps: float) -> None:
-  scaled = lambda n, k: at.gradient(n, k) * at.scale(n, k)
-  means, products = at.moments(lambda n, k: (at.pairs(n, k), scaled(n, k)), 2)
+def _backward_example(at: _Example, eps: float) -> None:
+  tiling = at.tiling
+  at.mix(at.y, "mixed")
+  means, products = at.moments(lambda n, k: (at.pair(n, k), at.scaled(n, k)), 2)
   inverse = lax.rsqrt(products[0] + eps)
   slope = products[1] * inverse
-  normal = lambda n, k: (at.pairs(n, k) - means[0]) * inverse
 
-  # Outside (N, K) it is not 0; but X and Y are, there, and nothing is written.
-  def of_pairs(n, k):
-    return ((scaled(n, k) - means[1] - normal(n, k) * slope) * inverse).astype(at.dtype)
+  # Outside (N, K) dP is not 0; but X and Y are, there, and nothing is written.
+  def of_pair(n, k):
+    normal = (at.take("pairs", n, k) - means[0]) * inverse
+    of_pair = (at.scaled(n, k) - means[1] - normal * slope) * inverse
+    at.leave("of_pairs", of_pair.astype(at.dtype), n, k)
+    if "scale" in at.outs:
+      at.add("scale", normal * at.gradient(n, k), n, k)
 
-  of_mixed = at.against(of_pairs, "of_mixed")
+  at.tiles(tiling.n, tiling.k, of_pair)
+  at.mix(functools.partial(at.take, "of_pairs"), "of_mixed")
 
-  def write(n, _):
-    sums = [jnp.zeros((n[1], size), jnp.float32) for _, size in at.tiling.d]
-    for k in at.tiling.k:
-      of_p, y = of_pairs(n, k), at.y(n, k)
-      for i, d in enumerate(at.tiling.d):
-        sums[i] += plgpu.dot(of_p, at.mixed(d, k), trans_b=True)
-        sums[i] += plgpu.dot(y, of_mixed(d, k), trans_b=True)
-      of_y = at.times(n, k, of_mixed)
-      if at.shared:
-        at.add("y", of_y, n, k, turn)
-      else:
-        _store(at.outs["y"], of_y, n, k, at.example)
-      if "scale" in at.outs:
-        at.add("scale", normal(n, k) * at.gradient(n, k), n, k, turn)
-      if "bias" in at.outs:
-        at.add("bias", at.gradient(n, k), n, k, turn)
-    for d, of_x in zip(at.tiling.d, sums):
-      _store(at.outs["x"], of_x, n, d, at.example)
+  def of_x(n, d):
+    def body(k, total):
+      total += plgpu.dot(at.take("of_pairs", n, k), at.take("mixed", d, k), trans_b=True)
+      return total + plgpu.dot(at.y(n, k), at.take("of_mixed", d, k), trans_b=True)
 
-  at.tiling.over_units(write, None)
+    at.write("x", tiling.k.each(body, jnp.zeros((n[1], d[1]), jnp.float32)), n, d)
+
+  def of_y(n, k):
+    (at.add if at.shared else at.write)("y", at.times("of_mixed", n, k), n, k)
+
+  at.tiles(tiling.n, tiling.d, of_x)
+  at.tiles(tiling.n, tiling.k, of_y)
 
 
 class _Example:
   """Tiles of one example, by pieces n, d, k of units, width and rank."""
 
-  def __init__(self, tiling: Tiling, ins, outs, program, example, barrier):
+  def __init__(self, tiling: Tiling, ins, outs, program, example, turn, barrier):
     self.tiling, self.ins, self.outs, self.barrier = tiling, ins, outs, barrier
-    self.program, self.example = program, example
+    self.program, self.example, self.turn = program, example, turn
     self.dtype = ins["x"].dtype
     self.shared = len(ins["y"].shape) == 2
     self.kept = {}
-    self.mixed = self.against(self.y, "mixed")
 
   def x(self, n, d):
     return _load(self.ins["x"], n, d, self.example)
@@ -160,61 +155,76 @@ class _Example:
   def gradient(self, n, k):
     return _load(self.ins["gradient"], n, k, self.example).astype(jnp.float32)
 
-  def scale(self, n, k):
-    return _load(self.ins["scale"], n, k).astype(jnp.float32) if "scale" in self.ins else 1.0
+  def scaled(self, n, k):
+    return self.gradient(n, k) * self.learnt("scale", n, k, 1.0)
 
-  def bias(self, n, k):
-    return _load(self.ins["bias"], n, k).astype(jnp.float32) if "bias" in self.ins else 0.0
+  def learnt(self, name: str, n, k, otherwise: float):
+    """A tile of the scale or the bias; `otherwise` where it is not learnt."""
+    return _load(self.ins[name], n, k).astype(jnp.float32) if name in self.ins else otherwise
 
-  def against(self, other, name: str):
-    """Xᵀ other, (D, K): a function of (d, k) that gives tiles of x's dtype."""
-    tiles = {}
-    for k in self.tiling.k:
+  def write(self, name: str, tile, rows, columns):
+    _store(self.outs[name], tile, rows, columns, self.example)
 
-      def body(n, sums, k=k):
-        z = other(n, k)
-        dots = [plgpu.dot(self.x(n, d), z, trans_a=True) for d in self.tiling.d]
-        return [s + dot for s, dot in zip(sums, dots)]
+  def add(self, name: str, tile, n, k):
+    """Adds to this program's sums, which begin with its first turn."""
+    before = _load(self.outs[name], n, k, self.program)
+    tile += jnp.where(self.turn > 0, before, 0.0)
+    _store(self.outs[name], tile, n, k, self.program)
 
-      zeros = [jnp.zeros((size, k[1]), jnp.float32) for _, size in self.tiling.d]
-      for d, tile in zip(self.tiling.d, self.tiling.over_units(body, zeros)):
-        if self.tiling.paged:
-          _store(self.outs[name], tile, d, k, self.program)
-        else:
-          tiles[d, k] = tile.astype(self.dtype)
-    if not self.tiling.paged:
-      return lambda d, k: tiles[d, k]
-    self.barrier()  # Other threads will read what these have written.
-    return lambda d, k: _load(self.outs[name], d, k, self.program)
+  def leave(self, name: str, tile, rows, columns):
+    """Leaves a tile to a later stage: on a page, or just where it is."""
+    if self.tiling.paged:
+      _store(self.outs[name], tile, rows, columns, self.program)
+    else:
+      self.kept[name, rows, columns] = tile
 
-  def times(self, n, k, mixed):
-    """X mixed, (N, K), as a float32 tile."""
-    return _sum(plgpu.dot(self.x(n, d), mixed(d, k)) for d in self.tiling.d)
+  def take(self, name: str, rows, columns):
+    if self.tiling.paged:
+      return _load(self.outs[name], rows, columns, self.program)
+    return self.kept[name, rows, columns]
 
-  def pairs(self, n, k):
-    """P = X M."""
-    if self.tiling.looped:
-      return self.times(n, k, self.mixed)
-    if (n, k) not in self.kept:
-      self.kept[n, k] = self.times(n, k, self.mixed)
-    return self.kept[n, k]
+  def tiles(self, rows: Axis, columns: Axis, body):
+    """body(row, column) for every tile; a stage."""
+    rows.each(lambda r, _: columns.each(lambda c, _: body(r, c)))
+    self.barrier()  # Other threads may read what these have written.
+
+  def mix(self, other, name: str):
+    """Leaves Xᵀ other, (D, K); other(n, k) is a tile of it."""
+
+    def tile(d, k):
+      body = lambda n, total: total + plgpu.dot(self.x(n, d), other(n, k), trans_a=True)
+      total = self.tiling.n.each(body, jnp.zeros((d[1], k[1]), jnp.float32))
+      self.leave(name, total.astype(self.dtype), d, k)
+
+    self.tiles(self.tiling.d, self.tiling.k, tile)
+
+  def times(self, name: str, n, k):
+    """A tile of X mixed, (N, K), float32."""
+    body = lambda d, total: total + plgpu.dot(self.x(n, d), self.take(name, d, k))
+    return self.tiling.d.each(body, jnp.zeros((n[1], k[1]), jnp.float32))
+
+  def pair(self, n, k):
+    """A tile of P = X M, which it leaves, too."""
+    tile = self.times("mixed", n, k)
+    self.leave("pairs", tile, n, k)
+    return tile
 
   def moments(self, values, count: int):
     """Means of values(n, k), and covariances of the first of them with each, over all (N, K).
 
     Moments of tiles are merged (Chan), which takes no difference of large sums.
     """
-    shape = (self.tiling.units, self.tiling.rank)
+    units, rank = self.tiling.n, self.tiling.k
 
     def merge(n, k, carry):
       seen, means, products = carry
       tiles = values(n, k)
-      inside = _at(shape, n, k, ())[1]
-      more = _inside(n, shape[0]) * _inside(k, shape[1])
-      of_tile = [jnp.sum(tile) / more for tile in tiles]  # Products outside (N, K) are 0.
+      more = jnp.float32(1) * units.inside(n) * rank.inside(k)
+      of_tile = [jnp.sum(tile) / more for tile in tiles]  # Outside (N, K) tiles are 0.
       centred = [tile - mean for tile, mean in zip(tiles, of_tile)]
-      if inside is not None:
-        centred = [jnp.where(inside, tile, 0.0) for tile in centred]
+      _, mask = _at((units.size, rank.size), n, k)
+      if mask is not None:
+        centred = [jnp.where(mask, tile, 0.0) for tile in centred]
       share = more / (seen + more)
       apart = [a - b for a, b in zip(of_tile, means)]
       means = [mean + a * share for mean, a in zip(means, apart)]
@@ -224,50 +234,34 @@ class _Example:
       ]
       return seen + more, means, products
 
-    def body(n, carry):
-      return functools.reduce(lambda carry, k: merge(n, k, carry), self.tiling.k, carry)
-
     zeros = [jnp.float32(0)] * count
-    _, means, products = self.tiling.over_units(body, (jnp.float32(0), zeros, zeros))
-    return means, [product / (shape[0] * shape[1]) for product in products]
-
-  def add(self, name, tile, n, k, turn):
-    """Adds to this program's sums, which begin with its first turn."""
-    ref = self.outs[name]
-    at, inside = _at(ref.shape, n, k, (self.program,))
-    begun = jnp.full(tile.shape, turn > 0)
-    mask = begun if inside is None else begun & inside
-    plgpu.store(ref.at[at], plgpu.load(ref.at[at], mask=mask, other=0.0) + tile, mask=inside)
+    _, means, products = units.each(
+      lambda n, carry: rank.each(functools.partial(merge, n), carry),
+      (jnp.float32(0), zeros, zeros),
+    )
+    self.barrier()  # The pairs were left.
+    return means, [product / (units.size * rank.size) for product in products]
 
 
-def _inside(piece, size: int) -> float:
-  """How much of a piece lies inside; one that starts with a loop's turn is whole."""
-  start, length = piece
-  return float(min(length, size - start) if isinstance(start, int) else length)
-
-
-def _at(shape, rows, columns, lead):
-  """Indices of a tile of the last two axes, and its mask of what lies inside; None: all of it."""
-  row_T1 = rows[0] + jnp.arange(rows[1])[:, None]
-  column_1C = columns[0] + jnp.arange(columns[1])[None, :]
-  masks = []
-  if _inside(rows, shape[-2]) < rows[1]:
-    masks.append(row_T1 < shape[-2])
-  if _inside(columns, shape[-1]) < columns[1]:
-    masks.append(column_1C < shape[-1])
-  mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), (rows[1], columns[1])) if masks else None
-  return (*lead, row_T1, column_1C), mask
+def _at(shape, rows, columns, *lead):
+  """Indices of a tile of the last two axes, and a mask of what lies inside; None: all does."""
+  index = [
+    piece[0] + jnp.arange(piece[1]).reshape(form)
+    for piece, form in ((rows, (-1, 1)), (columns, (1, -1)))
+  ]
+  whole = [size % piece[1] == 0 for size, piece in zip(shape[-2:], (rows, columns))]
+  masks = [i < size for i, size, w in zip(index, shape[-2:], whole) if not w]
+  if masks:
+    masks = functools.reduce(jnp.logical_and, masks)
+    masks = jnp.broadcast_to(masks, (rows[1], columns[1]))
+  return (*lead, *index), None if isinstance(masks, list) else masks
 
 
 def _load(ref, rows, columns, *lead):
-  at, mask = _at(ref.shape, rows, columns, lead)
+  at, mask = _at(ref.shape, rows, columns, *lead)
   return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else 0.0)
 
 
 def _store(ref, value, rows, columns, *lead):
-  at, mask = _at(ref.shape, rows, columns, lead)
+  at, mask = _at(ref.shape, rows, columns, *lead)
   plgpu.store(ref.at[at], value.astype(ref.dtype), mask=mask)
-
-
-def _sum(terms):
-  return functools.reduce(jnp.add, terms)
