@@ -67,6 +67,8 @@ def rowwise_adagrad_update(
 
   Source: FBGEMM's EXACT_ROWWISE_ADAGRAD; Gupta et al. 2014 (row-wise AdaGrad).
   """
+  arrays = (table_RW, v_R, grad_NW, order_N, segment_N, unique_U)
+  table_RW, v_R, grad_NW, order_N, segment_N, unique_U = map(jnp.asarray, arrays)
   _check(table_RW, v_R, grad_NW, order_N, segment_N, unique_U)
   lr = jnp.asarray(lr, v_R.dtype)
   if lr.shape:
@@ -113,7 +115,7 @@ def _check(table_RW, v_R, grad_NW, order_N, segment_N, unique_U) -> None:
       f"{OP}: v must be {wanted} of shape {table_RW.shape[:1]}, one a row of the table, "
       f"is {v_R.dtype} of shape {v_R.shape}"
     )
-  rows, width = len(order_N), table_RW.shape[1]
+  rows, width = order_N.size, table_RW.shape[1]
   if grad_NW.shape != (rows, width) or not jnp.issubdtype(grad_NW.dtype, jnp.floating):
     raise ValueError(
       f"{OP}: grad must be floating of shape {(rows, width)}, (length of order, width of the "
@@ -122,10 +124,9 @@ def _check(table_RW, v_R, grad_NW, order_N, segment_N, unique_U) -> None:
   for name, array, shape in (
     ("order", order_N, (rows,)),
     ("segment", segment_N, (rows,)),
-    ("unique", unique_U, unique_U.shape[:1]),
+    ("unique", unique_U, (unique_U.size,)),
   ):
     if array.shape != shape or array.dtype != jnp.int32:
       raise ValueError(
-        f"{OP}: {name} must be int32 of shape {shape or '(runs,)'}, "
-        f"is {array.dtype} of shape {array.shape}"
+        f"{OP}: {name} must be int32 of shape {shape}, is {array.dtype} of shape {array.shape}"
       )

@@ -32,12 +32,25 @@ def update(
   level = 0
   while True:
     arrays = (table_RW, v_R, grad_NW, order_N, segment_N, unique_U, lr[None], words)
-    table_RW, v_R, *partial = _level(rule, level, interpret, *arrays)
+    table_RW, v_R, *partial = _level(rule, kernel_name(level), interpret, *arrays)
     if not partial:
       return table_RW, v_R
     segment_N, grad_NW = crossing(segment_N), partial[0]
     order_N = jnp.arange(len(segment_N), dtype=jnp.int32)
     level += 1
+
+
+def kernel_name(level: int) -> str:
+  """What the launch of a level is called."""
+  return f"rowwise_adagrad_combine_{level}" if level else "rowwise_adagrad_update"
+
+
+def level_entries(entries: int) -> list[int]:
+  """E of every level, for `entries` gradients."""
+  found = [entries]
+  while found[-1] > TILE:
+    found.append(2 * pl.cdiv(found[-1], TILE))
+  return found
 
 
 def crossing(segment_E: jax.Array) -> jax.Array:
@@ -59,7 +72,7 @@ def block_of(width: int) -> tuple[int, int]:
   return block, max(1, block * columns // 512)
 
 
-def _level(rule, level, interpret, table_RW, v_R, grad_EW, order_E, segment_E, unique_U, lr, words):
+def _level(rule, name, interpret, table_RW, v_R, grad_EW, order_E, segment_E, unique_U, lr, words):
   tiles = pl.cdiv(len(segment_E), TILE)
   width = table_RW.shape[1]
   block, warps = block_of(width)
@@ -77,7 +90,7 @@ def _level(rule, level, interpret, table_RW, v_R, grad_EW, order_E, segment_E, u
     input_output_aliases={0: 0, 1: 1},
     interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
-    name="rowwise_adagrad_update" if level == 0 else f"rowwise_adagrad_combine_{level}",
+    name=name,
   )(*inputs)
 
 

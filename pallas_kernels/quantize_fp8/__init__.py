@@ -1,0 +1,1 @@
+"""Saved activations in 8 bits."""
