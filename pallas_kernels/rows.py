@@ -1,4 +1,4 @@
-"""Rows copied by index: what jagged ops that only move rows are made of, and so are gradients of sums.
+"""Rows copied by index: all of the ops that only move rows, and the gradients of sums.
 
 Letters: M rows written, T rows read from, W width.
 """

@@ -63,6 +63,8 @@ def embedding_bag(
 
   Source: `torch.nn.EmbeddingBag`; mean with weights as in FBGEMM's pooled lookup.
   """
+  table_RW, id_N, offsets_S1 = map(jnp.asarray, (table_RW, id_N, offsets_S1))
+  weight_N = None if weight_N is None else jnp.asarray(weight_N)
   _check(table_RW, id_N, offsets_S1, weight_N, mode)
   if implementation == "reference":
     return reference.embedding_bag(table_RW, id_N, offsets_S1, weight_N, mode)
@@ -103,6 +105,8 @@ def embedding_bag_gradients(
   Raises:
     ValueError: As `embedding_bag`; dy of another shape than y.
   """
+  dy_SW, table_RW, id_N, offsets_S1 = map(jnp.asarray, (dy_SW, table_RW, id_N, offsets_S1))
+  weight_N = None if weight_N is None else jnp.asarray(weight_N)
   _check(table_RW, id_N, offsets_S1, weight_N, mode)
   rows.check_rows(_OP, "dy", dy_SW)
   if dy_SW.shape != (len(offsets_S1) - 1, table_RW.shape[1]):

@@ -1,4 +1,4 @@
-"""The formulas of `api`, in plain JAX; derivatives, the dense one of the table too, are JAX's own."""
+"""The formulas of `api`, in plain JAX; derivatives, also the table's dense one, are JAX's own."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import rows
 
-ROWS = 32  # Of a program.
+ROWS = 16  # Of a program: two rows are held for each.
 
 
 def _kernel(a_ref, a_row_ref, b_ref, b_row_ref, dot_ref, *, columns):

@@ -46,7 +46,7 @@ def jagged_concat(
     ValueError: No array, another number of offsets, other dtypes, widths or numbers of segments,
       negative room, an unknown implementation.
   """
-  xs, offsets = tuple(xs), tuple(offsets)
+  xs, offsets = tuple(map(jnp.asarray, xs)), tuple(map(jnp.asarray, offsets))
   if not xs or len(xs) != len(offsets):
     raise ValueError(
       f"{_OP}: {len(xs)} arrays need as many offsets and at least one, got {len(offsets)}"

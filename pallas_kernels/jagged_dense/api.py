@@ -47,10 +47,14 @@ def jagged_to_dense(
   Source: `torch.ops.fbgemm.jagged_to_padded_dense`, which cuts in the same way.
   """
   op = "jagged_to_dense"
+  x_TW, offsets_S1 = jnp.asarray(x_TW), jnp.asarray(offsets_S1)
   rows.check_rows(op, "x", x_TW)
   segments.check_offsets(op, "offsets", offsets_S1)
   if max_length < 0:
     raise ValueError(f"{op}: max_length must be 0 or more, is {max_length}")
+  shape = (len(offsets_S1) - 1, max_length, x_TW.shape[1])
+  if 0 in (*x_TW.shape, *shape):  # Nothing to move.
+    return jnp.full(shape, padding_value, x_TW.dtype)
   if implementation == "reference":
     return reference.jagged_to_dense(x_TW, offsets_S1, max_length, padding_value)
   return _to_dense(x_TW, offsets_S1, max_length, padding_value, len(x_TW), implementation)
@@ -80,12 +84,15 @@ def dense_to_jagged(
   Source: `torch.ops.fbgemm.dense_to_jagged`.
   """
   op = "dense_to_jagged"
+  y_SLW, offsets_S1 = jnp.asarray(y_SLW), jnp.asarray(offsets_S1)
   rows.check_rows(op, "y", y_SLW, ndim=3)
   segments.check_offsets(op, "offsets", offsets_S1)
   if len(y_SLW) != len(offsets_S1) - 1:
     raise ValueError(f"{op}: y has {len(y_SLW)} segments, offsets have {len(offsets_S1) - 1}")
   if rows_out < 0:
     raise ValueError(f"{op}: rows_out must be 0 or more, is {rows_out}")
+  if 0 in (rows_out, *y_SLW.shape):
+    return jnp.zeros((rows_out, y_SLW.shape[2]), y_SLW.dtype)
   if implementation == "reference":
     return reference.dense_to_jagged(y_SLW, offsets_S1, rows_out)
   return _to_jagged(y_SLW, offsets_S1, rows_out, y_SLW.shape[1], implementation)
@@ -106,8 +113,6 @@ def _gather_dense(op, direction, x_TW, offsets_S1, length, padding_value, implem
 
 def _gather_jagged(op, direction, y_SLW, offsets_S1, rows_out, implementation):
   S, L, W = y_SLW.shape
-  if not S:
-    return jnp.zeros((rows_out, W), y_SLW.dtype)
   segment_T, inside_T = rows.members(offsets_S1, rows_out)
   place_T = jnp.arange(rows_out, dtype=jnp.int32) - offsets_S1[segment_T]
   index_T = jnp.where(inside_T & (place_T < L), segment_T * L + place_T, -1)

@@ -36,7 +36,7 @@ def report_cases() -> Iterator[Case]:
       def gradient(a, offsets, db, fn=fn):
         return jax.vjp(lambda a: fn(a, offsets), a)[1](db)
 
-      common = {"op": op, "implementation": "triton", "shape": shape}
+      common = {"op": "jagged_dense", "implementation": "triton", "shape": f"{op}_{shape}"}
       yield Case(
         **common,
         direction="forward",

@@ -53,20 +53,19 @@ def jagged_pool(
 
   Source: "last" is S_recentK of InterFormer (arXiv:2411.09852) and of HSTU's newest events.
   """
+  x_TW, offsets_S1 = jnp.asarray(x_TW), jnp.asarray(offsets_S1)
   rows.check_rows(_OP, "x", x_TW)
   segments.check_offsets(_OP, "offsets", offsets_S1)
   if mode not in MODES:
     raise ValueError(f"{_OP}: mode must be one of {', '.join(MODES)}, is {mode!r}")
   if (mode == "last") != (k is not None) or (k is not None and k < 1):
     raise ValueError(f"{_OP}: 'last', and it alone, takes k of 1 or more; mode {mode!r} got k={k}")
+  if 0 in (*x_TW.shape, len(offsets_S1) - 1):
+    # Nothing to pool, and no row to differentiate by.
+    shape = (len(offsets_S1) - 1, *(() if k is None else (k,)), x_TW.shape[1])
+    return jnp.zeros(shape, x_TW.dtype)
   if implementation == "reference":
     return reference.jagged_pool(x_TW, offsets_S1, mode, k)
-  if 0 in (*x_TW.shape, len(offsets_S1) - 1):
-    # Nothing to pool; and derivatives of no rows are no rows.
-    shape = (
-      (len(offsets_S1) - 1, x_TW.shape[1]) if k is None else (len(offsets_S1) - 1, k, x_TW.shape[1])
-    )
-    return jnp.zeros(shape, x_TW.dtype)
   pool = {"sum": _sum, "mean": _sum, "max": _max, "last": _last}[mode]
   return pool(x_TW, offsets_S1, mode if k is None else k, len(x_TW), implementation)
 

@@ -20,7 +20,7 @@ PROGRAMS = {
 }
 # Lengths of segments, and the length they are padded to by those who pad.
 TIMED = {
-  "half_padded_w128": (np.linspace(256, 768, 48).astype(np.int32), 1_024),
+  "half_padded_w128": (np.linspace(256, 768, 24).astype(np.int32), 1_024),
   "zipf_mean100_w128": (LENGTHS["zipf"], int(LENGTHS["zipf"].max())),
 }
 TIMED_WIDTH = 128

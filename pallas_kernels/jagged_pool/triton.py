@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import rows, segments
 
 ROWS = 32  # Of a tile: a segment visits at most 31 rows too many.
+MAX_ROWS = 16  # A largest value and its row take twice the registers of a sum.
 NO_ROW = jnp.iinfo(jnp.int32).max
 
 
@@ -42,11 +43,12 @@ def _chunks(offsets_S1: jax.Array, T: int) -> tuple[jax.Array, jax.Array]:
 class _Tile:
   """Where a program of `grid=(chunks or segments, tiles of columns)` works."""
 
-  def __init__(self, width: int):
+  def __init__(self, width: int, rows_: int):
+    self.rows = rows_
     self.columns = rows.columns(width)
     self.column_C = pl.program_id(1) * self.columns + jnp.arange(self.columns)
     self.exists_C = self.column_C < width
-    self.shape = (ROWS, self.columns)
+    self.shape = (rows_, self.columns)
 
   def load(self, ref, row_R, there_R, other=0.0):
     return plgpu.load(
@@ -62,11 +64,11 @@ class _Tile:
     """carry = body(row_R, there_R, carry) over all rows of [begin, end)."""
 
     def trip(i, carry):
-      row_R = begin + i * ROWS + jnp.arange(ROWS)
+      row_R = begin + i * self.rows + jnp.arange(self.rows)
       there_R = row_R < end
       return body(jnp.where(there_R, row_R, 0), there_R, carry)
 
-    trips = pl.cdiv(jnp.maximum(end - begin, 0), ROWS)
+    trips = pl.cdiv(jnp.maximum(end - begin, 0), self.rows)
     return jax.lax.fori_loop(0, trips, trip, carry)
 
   def sum(self, begin, end, load):
@@ -116,7 +118,7 @@ def _sum_kernel(*refs, size, scaled, gathered, weighted):
   scale_ref = refs.pop(0) if scaled else None
   id_ref = refs.pop(0) if gathered else None
   weight_ref = refs.pop(0) if weighted else None
-  tile = _Tile(x_ref.shape[1])
+  tile = _Tile(x_ref.shape[1], ROWS)
   T = id_ref.shape[0] if gathered else x_ref.shape[0]
   s, live, begin, end, whole = _chunk(segment_ref, chunks_ref, offsets_ref, T, size)
 
@@ -140,7 +142,7 @@ def _sum_kernel(*refs, size, scaled, gathered, weighted):
 
 def _sum_rest_kernel(*refs, scaled):
   chunks_ref, partial_ref, *refs, _, y_ref = refs
-  tile = _Tile(y_ref.shape[1])
+  tile = _Tile(y_ref.shape[1], ROWS)
   s = pl.program_id(0)
   begin, end = chunks_ref[s], chunks_ref[s + 1]
   many = end - begin > 1
@@ -152,7 +154,7 @@ def _sum_rest_kernel(*refs, scaled):
 def _max_kernel(
   segment_ref, chunks_ref, offsets_ref, x_ref, y_ref, row_ref, partial_ref, partial_row_ref, *, size
 ):
-  tile = _Tile(x_ref.shape[1])
+  tile = _Tile(x_ref.shape[1], MAX_ROWS)
   s, live, begin, end, whole = _chunk(segment_ref, chunks_ref, offsets_ref, x_ref.shape[0], size)
 
   def load(row_R, there_R):
@@ -169,7 +171,7 @@ def _max_kernel(
 
 
 def _max_rest_kernel(chunks_ref, partial_ref, partial_row_ref, _, __, y_ref, row_ref):
-  tile = _Tile(y_ref.shape[1])
+  tile = _Tile(y_ref.shape[1], MAX_ROWS)
   s = pl.program_id(0)
   begin, end = chunks_ref[s], chunks_ref[s + 1]
   many = end - begin > 1
@@ -229,7 +231,7 @@ def segment_sum(
   args = (segment_C, chunks_S1, offsets_S1, x_TW, *options)
   name = f"{op}_forward"
   y_SW, partial_CW = _call(kernel, len(segment_C), W, args, (y, partial), name, interpret)
-  if T <= chunk_size(T):  # No segment has two chunks.
+  if chunk_size(T) >= T:  # No segment has two chunks.
     return y_SW
   kernel = functools.partial(_sum_rest_kernel, scaled=scale_S is not None)
   args = (chunks_S1, partial_CW, *options[: scale_S is not None], y_SW)
@@ -252,7 +254,7 @@ def segment_max(
   *y_and_row, partial_CW, partial_row_CW = _call(
     kernel, len(segment_C), W, args, (*y, *partial), name, interpret
   )
-  if T <= chunk_size(T):
+  if chunk_size(T) >= T:
     return tuple(y_and_row)
   args = (chunks_S1, partial_CW, partial_row_CW, *y_and_row)
   return _call(_max_rest_kernel, S, W, args, y, name + "_rest", interpret, {3: 0, 4: 1})
