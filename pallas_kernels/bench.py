@@ -18,7 +18,7 @@ import jax
 from pallas_kernels import cli
 
 COLUMNS = {  # JSON key: title, width, format.
-  "op": ("op", -17, "{}"),
+  "op": ("op", -22, "{}"),
   "shape": ("shape", -34, "{}"),
   "flops_needed": ("FLOPs", 9, "{:.2e}"),
   "bytes_needed": ("bytes", 9, "{:.2e}"),

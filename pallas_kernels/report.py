@@ -29,7 +29,7 @@ ARCHITECTURES = {TARGETS[name].arch: TARGETS[name] for name in ("a100", "h100", 
 MOSAIC = "sm_90a"  # The only one that Mosaic kernels are written for.
 COLUMNS = {
   "target": -8,
-  "op": -17,
+  "op": -22,
   "implementation": -7,
   "direction": -9,
   "shape": -30,

@@ -71,7 +71,7 @@ def count(text: str) -> Code:
   adds = [op for op in atomic if "add" in op]
   wide = re.compile(r"v[248]$|bf?16x2$|f16x2$")
   return Code(
-    kernels=tuple(re.findall(r"\.entry\s+([\w$]+)", text)),
+    kernels=kernels(text),
     cas=sum("cas" in op for op in atomic),
     adds=len(adds),
     vector_adds=sum(any(wide.match(part) for part in op) for op in adds),
@@ -80,6 +80,11 @@ def count(text: str) -> Code:
     tcgen05=sum(op[:2] == ["tcgen05", "mma"] for op in ops),
     fp8=sum(any(part.startswith(("e4m3", "e5m2")) for part in op) for op in ops),
   )
+
+
+def kernels(text: str) -> tuple[str, ...]:
+  """Names of the kernels of a PTX text."""
+  return tuple(re.findall(r"\.entry\s+([\w$]+)", text))
 
 
 def arch(text: str) -> str:

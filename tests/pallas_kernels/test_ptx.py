@@ -76,3 +76,15 @@ def test_ptxas_refuses_what_is_no_program(tmp_path):
   path.write_text(KERNEL)
   with pytest.raises(DevicelessError, match="ptxas refuses"):
     ptx.ptxas(path)
+
+
+def test_a_kernels_block_and_tensor_memory_are_read():
+  text = ".entry k(\n.reqntid 128, 2, 1\n" + (
+    "@%p2 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r19], 128;\n"
+    "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r20], 64;\n"
+  )
+  assert (ptx.threads(text), ptx.tensor_columns(text)) == (256, 192)
+  assert ptx.threads(".maxntid 384, 1, 1") == 384
+  assert ptx.tensor_columns(KERNEL) == 0 and ptx.arch(KERNEL) == "sm_90a"
+  with pytest.raises(DevicelessError, match="how many threads"):
+    ptx.threads(KERNEL)
