@@ -181,8 +181,9 @@ def widest_of_each_kind():
   for module in cli.modules("shapes", cli.OPS):
     for case in module.report_cases():
       kind = (case.op, case.implementation, case.direction, *sorted(case.kernels))
-      width = max(x.shape[-1] for x in jax.tree.leaves(case.args) if x.ndim > 1)
-      if width > found.get(kind, (0, None))[0]:
+      matrices = [x for x in jax.tree.leaves(case.args) if x.ndim > 1]
+      width = max((x.shape[-1] for x in matrices), default=0)
+      if width > found.get(kind, (-1, None))[0]:
         found[kind] = (width, case)
   return [case for _, case in found.values()]
 
