@@ -65,7 +65,7 @@ def run(implementation, mode):
     y_SW, pullback = jax.vjp(bag, weight_N)
     return y_SW, *grads, pullback(dy_SW)[0]
 
-  return compiled(everything, implementation)
+  return compiled(everything)
 
 
 def check(got, want, dtype, weighted):
@@ -157,7 +157,7 @@ def test_nothing_to_look_up(implementation):
   for rows, N, width in ((4, 0, 3), (4, 2, 0)):
     args = jnp.ones((rows, width)), jnp.zeros((N,), jnp.int32), offsets_S1, jnp.ones((N,))
     static = {"mode": "mean", "implementation": implementation}
-    fn = compiled(functools.partial(_bag_and_gradients, **static), implementation)
+    fn = compiled(functools.partial(_bag_and_gradients, **static))
     y_SW, grad_NW, grad_N = fn(jnp.ones((2, width)), *args)
     assert y_SW.shape == (2, width) and not y_SW.any()
     assert grad_NW.shape == (N, width) and grad_N.shape == (N,)
