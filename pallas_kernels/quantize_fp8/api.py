@@ -79,7 +79,8 @@ def dequantize_fp8(
   Args:
     values: float8_e4m3fn or float8_e5m2.
     scales: float32 as `quantize_fp8` returns them; their shape tells the granularity.
-    dtype: Of the result, rounded once from the exact product.
+    dtype: Of the result, rounded once from the exact product; what was rounded up beyond its
+      largest number becomes that. Infinities and NaN stay.
 
   Raises:
     ValueError: Other dtypes, or scales of a shape that no granularity has.
@@ -90,7 +91,10 @@ def dequantize_fp8(
       "dequantize_fp8: values and scales must be what quantize_fp8 returns, are "
       f"{values.dtype} of shape {values.shape} and {scales.dtype} of shape {scales.shape}"
     )
-  return (values.astype(jnp.float32) * layout.spread(scales, values.shape)).astype(dtype)
+  x = values.astype(jnp.float32)
+  largest = float(jnp.finfo(dtype).max)
+  product = x * layout.spread(scales, values.shape)
+  return jnp.where(jnp.isfinite(x), jnp.clip(product, -largest, largest), product).astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
