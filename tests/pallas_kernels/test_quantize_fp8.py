@@ -29,7 +29,7 @@ def quantizer(implementation, granularity, dtype):
   fn = lambda x, key: quantize_fp8(
     x, granularity=granularity, dtype=dtype, key=key, implementation=implementation
   )
-  return compiled(fn, implementation)
+  return compiled(fn)
 
 
 def quantize(x, granularity, dtype, implementation, key=None):

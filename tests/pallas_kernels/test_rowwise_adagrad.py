@@ -60,7 +60,7 @@ def stepper(implementation, lr=LR, **settings):
       table_RW, v_R, grad_NW, *runs, lr=lr, key=key, implementation=implementation, **settings
     )
 
-  return compiled(fn, implementation)
+  return compiled(fn)
 
 
 def check(arrays, got, want):
@@ -147,7 +147,7 @@ def test_unique_of_another_length(capacity, implementation):
   unique_U = unique_U.at[:kept].set(unique_N[:kept])
   update = functools.partial(rowwise_adagrad_update, lr=LR, implementation=implementation)
   runs = order_N, segment_N, unique_U
-  check(arrays, compiled(update, implementation)(*arrays[:3], *runs), oracle(*arrays))
+  check(arrays, compiled(update)(*arrays[:3], *runs), oracle(*arrays))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
