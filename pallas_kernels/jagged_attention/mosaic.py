@@ -1,21 +1,23 @@
 """Forward pass in the Mosaic GPU lowering for Hopper (sm_90a): wgmma, TMA, groups of warps with roles.
 
 A block of threads has one tile of 128 queries and one head. Its third group of warps does nothing but
-copy tiles of keys and values into a ring in shared memory; the other two have 64 queries each and take
+copy tiles of keys and values into rings in shared memory; the other two have 64 queries each and take
 them from there, so that one multiplies while the other takes exponentials (FlashAttention-3, arXiv
-2407.08608, 3.1). Every barrier of the ring says "filled" or "free" of one of its places.
+2407.08608, 3.1). Every barrier of a ring says that one of its places is filled, or free again.
 
-The tensor memory accelerator reads rows at any offset and gives zeros beyond an array's end, but it
-writes whole boxes, and a tile's last rows are followed by those of another. So the rows that are its
-own are written as boxes of 64, 32, ..., 1 rows: one for a full half tile, six at most.
+Offsets of segments are no multiples of anything, and three things follow. Mosaic has TMA read what
+wgmma is to read in tiles of 8 rows, each of which must start at a multiple of 8: keys are read from one
+on, and masks leave out those before the first. Queries are read without tiles, at any row, and tiled by
+way of registers. The last rows of a tile of queries are followed by those of another, and TMA writes
+whole boxes: a tile's own rows are written as boxes of 64, 32, ..., 1 rows, one for a full half tile.
 
-The interpreter of JAX 0.10.2 runs all of it but four things, which `_Interpreted` does in plain JAX
-in place of `_Compiled`: layouts of registers, loads (jaxpr_interpret.py binds both as if they were
-arithmetic) and, in gpu_callbacks.wgmma, operands in registers and transposed ones. So barriers,
-addresses, masks, sums and stores are tested as they are; the products' instructions are compiled only.
+The interpreter of JAX 0.10.2 runs it all but four things, which `_Interpreted` does in plain JAX: it
+binds layout_cast and plgpu.load as arithmetic (interpret/jaxpr_interpret.py:863), and its wgmma takes
+neither registers nor transposed references (interpret/gpu_callbacks.py:1300); run_state is of the first
+kind. So barriers, addresses, masks, sums and stores are tested; the products are compiled only.
 
-Letters: B queries of a group of warps, G groups, K keys of a tile, T queries, E keys, H heads, D width,
-C columns that a group multiplies at once, N tiles.
+Letters: B queries of a group of warps, G groups, K keys of a tile, P places of a ring, T queries, E keys,
+H heads, D width, C columns of the output that are summed at once, N tiles.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -38,8 +39,9 @@ from pallas_kernels.jagged_attention.form import Form, Plan, Saved
 WIDTHS = (64, 128, 256)
 KERNEL = "jagged_attention_forward_mosaic"
 GROUPS, ROWS = 2, 64  # Groups that compute; wgmma has 64 rows.
-# Registers of a thread: 65,536 are 2 * 128 * 240 + 128 * 24 and some.
+# Registers of a thread: 65,536 are 384 * 168 and some, and 2 * 240 + 24 = 3 * 168.
 _REGISTERS, _REGISTERS_OF_COPIES = 240, 24
+_ALIGNED = 8  # Rows: TMA would leave out the end of a tile that it starts amid.
 _TINY = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -54,7 +56,7 @@ class Launch:
 
 def launch(width: int) -> Launch:
   """What fits into 227 KB of shared memory and 240 registers (python -m pallas_kernels.report)."""
-  return {64: Launch(128, 3, 64), 128: Launch(128, 2, 128), 256: Launch(64, 2, 64)}[width]
+  return {64: Launch(128, 3, 64), 128: Launch(128, 2, 128), 256: Launch(64, 2, 128)}[width]
 
 
 def refusal(q_THD: jax.Array, k_EHD: jax.Array, tables: tuple[jax.Array, ...]) -> str | None:
@@ -89,6 +91,10 @@ class _Compiled:
     return plgpu.load(ref_B, (), layout=_TINY, optimized=False)
 
   @staticmethod
+  def matrix(ref_BC):
+    return plgpu.load(ref_BC, (), layout=plgpu.Layout.WGMMA, optimized=False)
+
+  @staticmethod
   def scores(q_BD, k_KD):
     def body(sum_BK):
       plgpu.wgmma(sum_BK, q_BD, plgpu.transpose_ref(k_KD, (1, 0)))
@@ -97,13 +103,10 @@ class _Compiled:
     return pl.run_scoped(body, plgpu.ACC((q_BD.shape[0], k_KD.shape[0]), jnp.float32))
 
   @staticmethod
-  def product(weight_BK, v_KD, columns):
-    def body(sum_BC):
-      plgpu.wgmma(sum_BC, weight_BK, v_KD.at[:, columns])
-      return sum_BC[...]
-
-    count = columns.stop - columns.start
-    return pl.run_scoped(body, plgpu.ACC((weight_BK.shape[0], count), jnp.float32))
+  def add_product(sum_BC, weight_BK, v_KC):
+    return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, weight_BK, v_KC))(
+      plgpu.ACC.init(sum_BC)
+    )
 
 
 class _Interpreted:
@@ -122,12 +125,20 @@ class _Interpreted:
     return ref_B[...]
 
   @staticmethod
+  def matrix(ref_BC):
+    return ref_BC[...]
+
+  @staticmethod
   def scores(q_BD, k_KD):
     return jnp.dot(q_BD[...], k_KD[...].T, preferred_element_type=jnp.float32)
 
   @staticmethod
-  def product(weight_BK, v_KD, columns):
-    return jnp.dot(weight_BK, v_KD[...][:, columns], preferred_element_type=jnp.float32)
+  def add_product(sum_BC, weight_BK, v_KC):
+    return sum_BC + jnp.dot(weight_BK, v_KC[...], preferred_element_type=jnp.float32)
+
+
+def _columns(part: slice):
+  return pl.ds(part.start, part.stop - part.start)
 
 
 def _across(x_B, like):
@@ -139,7 +150,11 @@ def _weights(form: Form, score, rows, carry):
   """(weights, shrinkage of the sums so far, the new carry) of one tile of scores that are masked."""
   if not form.softmax:
     gain_B = rows
-    return POINTWISE[form.activation].value(score * form.scale) * _across(gain_B, score), None, carry
+    return (
+      POINTWISE[form.activation].value(score * form.scale) * _across(gain_B, score),
+      None,
+      carry,
+    )
   # In powers of two, which is what the hardware has.
   top_B, sum_B = carry
   factor = abs(form.scale) * math.log2(math.e) or 1.0
@@ -153,7 +168,7 @@ def _weights(form: Form, score, rows, carry):
 def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
   tile_refs, (limits_ref, gain_ref, q_ref, k_ref, v_ref), refs = refs[:6], refs[6:11], refs[11:]
   out_ref, log_ref, *scratch = refs if form.softmax else (refs[0], None, *refs[1:])
-  smem, ready, filled, freed = scratch[:6], scratch[6], scratch[7:9], scratch[9:11]
+  smem, ready, loaded, filled, freed = scratch[:6], *scratch[6:8], scratch[8:10], scratch[10:12]
   limits_smem, row_smem, q_smem, k_smem, v_smem, out_smem = smem
   program, group = lax.axis_index("program"), lax.axis_index("group")
   tile, head = lax.div(program, heads), lax.rem(program, heads)
@@ -167,9 +182,6 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
     plgpu.copy_gmem_to_smem(limits_ref.at[tile], limits_smem, ready)
     if not form.softmax:
       plgpu.copy_gmem_to_smem(gain_ref.at[tile], row_smem, ready)
-    for g in range(GROUPS):
-      rows = pl.ds(start + g * ROWS, ROWS)
-      plgpu.copy_gmem_to_smem(q_ref.at[rows, head], q_smem.at[g], ready)
 
     @pl.loop(0, steps)
     def _step(j):
@@ -184,9 +196,14 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
     plgpu.set_max_registers(_REGISTERS, action="increase")
     width = q_smem.shape[-1]
     parts = [slice(c, c + shape.columns) for c in range(0, width, shape.columns)]
+    first_row = start + group * ROWS
+    for part in parts:
+      source = q_ref.at[pl.ds(first_row, ROWS), head, _columns(part)]
+      plgpu.copy_gmem_to_smem(source, out_smem.at[group], loaded.at[group])
+      plgpu.barrier_wait(loaded.at[group])
+      q_smem.at[group, :, part][...] = on.matrix(out_smem.at[group])
+      plgpu.commit_smem()
     plgpu.barrier_wait(ready)
-    lo_B, hi_B = (on.row_terms(limits_smem.at[group, i]) for i in range(2))
-    gain_B = None if form.softmax else on.row_terms(row_smem.at[group])
 
     def step(j, sums):
       outs_BC, carry = sums
@@ -200,6 +217,7 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
 
       def masked(x, fill):
         def mask(x):
+          lo_B, hi_B = (on.row_terms(limits_smem.at[group, i]) for i in range(2))
           column = on.columns(x.shape)
           seen = column >= _across(lo_B - key, x)
           seen &= column < _across(hi_B - key, x)
@@ -210,21 +228,22 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
 
       if form.softmax:
         score = masked(score, -jnp.inf)
+      gain_B = None if form.softmax else on.row_terms(row_smem.at[group])
       weight, shrink_B, carry = _weights(form, score, gain_B, carry)
       if not form.softmax:
         weight = masked(weight, 0.0)
       weight = weight.astype(q_smem.dtype)
-      plgpu.barrier_wait(filled[1].at[place])
-      added = [on.product(weight, v_smem.at[place], part) for part in parts]
-      pl.when(again)(lambda: plgpu.barrier_arrive(freed[1].at[place]))
       if form.softmax:
         outs_BC = [x * _across(shrink_B, x) for x in outs_BC]
-      return [x + y for x, y in zip(outs_BC, added)], carry
+      plgpu.barrier_wait(filled[1].at[place])
+      values = v_smem.at[place]
+      outs_BC = [on.add_product(x, weight, values.at[:, p]) for x, p in zip(outs_BC, parts)]
+      pl.when(again)(lambda: plgpu.barrier_arrive(freed[1].at[place]))
+      return outs_BC, carry
 
     zeros = [on.full((ROWS, shape.columns), 0.0) for _ in parts]
     carry = (on.full((ROWS,), -jnp.inf), on.full((ROWS,), 0.0)) if form.softmax else ()
     outs_BC, carry = lax.fori_loop(0, steps, step, (zeros, carry))
-    first_row = start + group * ROWS
     if form.softmax:
       top_B, sum_B = carry
       sum_B = jnp.where(sum_B > 0, sum_B, 1.0)
@@ -251,8 +270,8 @@ def _store(x_BC, out_ref, head, part: slice, first_row, stop):
     @pl.when(count & box != 0)
     def _():
       rows = pl.ds(first_row + done, box)
-      columns = pl.ds(part.start, part.stop - part.start)
-      plgpu.copy_smem_to_gmem(x_BC.at[pl.ds(done, box)], out_ref.at[rows, head, columns])
+      target = out_ref.at[rows, head, _columns(part)]
+      plgpu.copy_smem_to_gmem(x_BC.at[pl.ds(done, box)], target)
 
     box //= 2
 
@@ -268,6 +287,9 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
   key_E = jnp.arange(len(v_EHD))
   inside_E = (key_E >= plan.kv_offsets_S1[0]) & (key_E < plan.kv_offsets_S1[-1])
   v_EHD = jnp.where(inside_E[:, None, None], v_EHD, 0)
+  room = -len(k_EHD) % _ALIGNED
+  if room:
+    k_EHD, v_EHD = (jnp.pad(x, ((0, room), (0, 0), (0, 0))) for x in (k_EHD, v_EHD))
 
   cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, GROUPS * ROWS)
   row_NB = cut.start_N[:, None] + jnp.arange(GROUPS * ROWS, dtype=jnp.int32)
@@ -279,6 +301,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
   # All its rows see the keys [inner_first, inner_last): no mask there.
   inner_first_N = jnp.max(lo_NB, axis=1)
   inner_last_N = jnp.min(jnp.where(own_NB, hi_NB, jnp.iinfo(jnp.int32).max), axis=1)
+  cut = cut._replace(first_N=cut.first_N - cut.first_N % _ALIGNED)
   number = len(cut.start_N)
   grouped = lambda x_NB: x_NB.reshape(number, GROUPS, ROWS)
   limits_NG2B = jnp.stack([grouped(lo_NB), grouped(hi_NB)], axis=2)
@@ -296,7 +319,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
     thread_name="group",
     kernel_name=KERNEL,
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    interpret=_INTERPRET if interpret else None,
+    interpret=_interpreter() if interpret else None,
   )(*cut, inner_first_N, inner_last_N, limits_NG2B, grouped(gain_NB), q_THD, k_EHD, v_EHD)
   if not form.softmax:
     return Saved(found[0], jnp.zeros((0, 0), jnp.float32))
@@ -305,8 +328,11 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
   return Saved(found[0], log_TH.at[row_NB].set(log_NBH, mode="drop", unique_indices=True))
 
 
-# Beyond the end of an array there are zeros, as TMA gives them.
-_INTERPRET = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+def _interpreter():
+  """Beyond the end of an array there are zeros, as TMA gives them."""
+  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # Nowhere public.
+
+  return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
 
 
 def _scratch(form: Form, shape: Launch, width: int, dtype) -> list:
@@ -321,7 +347,8 @@ def _scratch(form: Form, shape: Launch, width: int, dtype) -> list:
     ring,
     ring,
     plgpu.SMEM((GROUPS, ROWS, shape.columns), dtype),
-    plgpu.Barrier(num_arrivals=GROUPS + 1 + (not form.softmax)),  # Copies that are waited for.
+    plgpu.Barrier(num_arrivals=1 if form.softmax else 2),  # Limits, and gains.
+    plgpu.Barrier(num_barriers=GROUPS),  # Queries.
     *(filled, filled),
     *(freed, freed),
   ]
