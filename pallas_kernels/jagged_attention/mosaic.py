@@ -1,22 +1,26 @@
-"""Forward pass in the Mosaic GPU lowering for Hopper (sm_90a): wgmma, TMA, groups of warps with roles.
+"""Forward pass in the Mosaic GPU lowering for Hopper (sm_90a): wgmma, TMA, warps in roles.
 
-A block of threads has one tile of 128 queries and one head. Its third group of warps does nothing but
-copy tiles of keys and values into rings in shared memory; the other two have 64 queries each and take
-them from there, so that one multiplies while the other takes exponentials (FlashAttention-3, arXiv
-2407.08608, 3.1). Every barrier of a ring says that one of its places is filled, or free again.
+A block of threads has one tile of 128 queries and one head. Its third group of warps does nothing
+but copy tiles of keys and values into rings in shared memory; the other two have 64 queries each and
+take them from there, so that one multiplies while the other takes exponentials (FlashAttention-3,
+arXiv 2407.08608, 3.1). Of every place of a ring a barrier says that it is filled, another that it is
+free again.
 
-Offsets of segments are no multiples of anything, and three things follow. Mosaic has TMA read what
-wgmma is to read in tiles of 8 rows, each of which must start at a multiple of 8: keys are read from one
-on, and masks leave out those before the first. Queries are read without tiles, at any row, and tiled by
-way of registers. The last rows of a tile of queries are followed by those of another, and TMA writes
-whole boxes: a tile's own rows are written as boxes of 64, 32, ..., 1 rows, one for a full half tile.
+Offsets of segments are multiples of nothing, and three things follow:
+- Mosaic has TMA read what wgmma takes from shared memory in tiles of 8 rows, and of a tile that does
+  not start at a multiple of 8 rows it would read only the rest. So keys are read from such a multiple
+  on, and masks leave out those before the first.
+- Queries are read as rows, from any on, and brought into tiles by way of registers.
+- A tile's last queries are followed by those of another, and TMA writes whole boxes. So its own are
+  written as boxes of 64, 32, ..., 1 rows: one for each half of a full tile.
 
-The interpreter of JAX 0.10.2 runs it all but four things, which `_Interpreted` does in plain JAX: it
-binds layout_cast and plgpu.load as arithmetic (interpret/jaxpr_interpret.py:863), and its wgmma takes
-neither registers nor transposed references (interpret/gpu_callbacks.py:1300); run_state is of the first
-kind. So barriers, addresses, masks, sums and stores are tested; the products are compiled only.
+The interpreter runs all of it but the products and the layouts of registers (warpgroup.py): barriers,
+addresses, masks, sums and stores are tested by numbers, the former by compiling for sm_90a alone.
+JAX refuses causal masks in its own attention on CUDA 12.8.0 to 12.9.0, whose ptxas miscompiles them;
+ours are masks of the same kind. Mosaic takes the ptxas it finds first: that of the wheels is 12.9.86,
+of CUDA 12.9.1.
 
-Letters: B queries of a group of warps, G groups, K keys of a tile, P places of a ring, T queries, E keys,
+Letters: B queries of a group, G groups, K keys of a tile, P places of a ring, T queries, E keys,
 H heads, D width, C columns of the output that are summed at once, N tiles.
 """
 
@@ -35,6 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.jagged_attention import tiles
 from pallas_kernels.jagged_attention.activation import POINTWISE
 from pallas_kernels.jagged_attention.form import Form, Plan, Saved
+from pallas_kernels.jagged_attention.warpgroup import Compiled, Interpreted
 
 WIDTHS = (64, 128, 256)
 KERNEL = "jagged_attention_forward_mosaic"
@@ -42,7 +47,6 @@ GROUPS, ROWS = 2, 64  # Groups that compute; wgmma has 64 rows.
 # Registers of a thread: 65,536 are 384 * 168 and some, and 2 * 240 + 24 = 3 * 168.
 _REGISTERS, _REGISTERS_OF_COPIES = 240, 24
 _ALIGNED = 8  # Rows: TMA would leave out the end of a tile that it starts amid.
-_TINY = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,104 +76,26 @@ def refusal(q_THD: jax.Array, k_EHD: jax.Array, tables: tuple[jax.Array, ...]) -
   return None
 
 
-class _Compiled:
-  """What Hopper's tensor cores and registers do."""
-
-  @staticmethod
-  def columns(shape):
-    """The number of the column, in each element."""
-    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-
-  @staticmethod
-  def full(shape, value):
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else _TINY
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-  @staticmethod
-  def row_terms(ref_B):
-    """(B,) of shared memory, to lie with the rows of a product."""
-    return plgpu.load(ref_B, (), layout=_TINY, optimized=False)
-
-  @staticmethod
-  def matrix(ref_BC):
-    return plgpu.load(ref_BC, (), layout=plgpu.Layout.WGMMA, optimized=False)
-
-  @staticmethod
-  def scores(q_BD, k_KD):
-    def body(sum_BK):
-      plgpu.wgmma(sum_BK, q_BD, plgpu.transpose_ref(k_KD, (1, 0)))
-      return sum_BK[...]
-
-    return pl.run_scoped(body, plgpu.ACC((q_BD.shape[0], k_KD.shape[0]), jnp.float32))
-
-  @staticmethod
-  def add_product(sum_BC, weight_BK, v_KC):
-    return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, weight_BK, v_KC))(
-      plgpu.ACC.init(sum_BC)
-    )
-
-
-class _Interpreted:
-  """The same on arrays that have no layout."""
-
-  @staticmethod
-  def columns(shape):
-    return lax.broadcasted_iota(jnp.int32, shape, 1)
-
-  @staticmethod
-  def full(shape, value):
-    return jnp.full(shape, value, jnp.float32)
-
-  @staticmethod
-  def row_terms(ref_B):
-    return ref_B[...]
-
-  @staticmethod
-  def matrix(ref_BC):
-    return ref_BC[...]
-
-  @staticmethod
-  def scores(q_BD, k_KD):
-    return jnp.dot(q_BD[...], k_KD[...].T, preferred_element_type=jnp.float32)
-
-  @staticmethod
-  def add_product(sum_BC, weight_BK, v_KC):
-    return sum_BC + jnp.dot(weight_BK, v_KC[...], preferred_element_type=jnp.float32)
-
-
-def _columns(part: slice):
-  return pl.ds(part.start, part.stop - part.start)
-
-
 def _across(x_B, like):
   """(B,) repeated over the columns of `like`."""
   return lax.broadcast_in_dim(x_B, like.shape, (0,))
 
 
-def _weights(form: Form, score, rows, carry):
-  """(weights, shrinkage of the sums so far, the new carry) of one tile of scores that are masked."""
-  if not form.softmax:
-    gain_B = rows
-    return (
-      POINTWISE[form.activation].value(score * form.scale) * _across(gain_B, score),
-      None,
-      carry,
-    )
-  # In powers of two, which is what the hardware has.
-  top_B, sum_B = carry
-  factor = abs(form.scale) * math.log2(math.e) or 1.0
+def _softmax(scale: float, score, top_B, sum_B):
+  """(weights, shrinkage of sums so far, top, sum); top in powers of two, as the hardware has."""
+  factor = abs(scale) * math.log2(math.e) or 1.0
   higher_B = jnp.maximum(top_B, jnp.max(score, axis=1) * factor)
   anchor_B = jnp.where(higher_B == -jnp.inf, 0.0, higher_B)
   weight = jnp.exp2(score * factor - _across(anchor_B, score))
   shrink_B = jnp.exp2(top_B - anchor_B)
-  return weight, shrink_B, (higher_B, sum_B * shrink_B + jnp.sum(weight, axis=1))
+  return weight, shrink_B, higher_B, sum_B * shrink_B + jnp.sum(weight, axis=1)
 
 
 def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
   tile_refs, (limits_ref, gain_ref, q_ref, k_ref, v_ref), refs = refs[:6], refs[6:11], refs[11:]
   out_ref, log_ref, *scratch = refs if form.softmax else (refs[0], None, *refs[1:])
-  smem, ready, loaded, filled, freed = scratch[:6], *scratch[6:8], scratch[8:10], scratch[10:12]
-  limits_smem, row_smem, q_smem, k_smem, v_smem, out_smem = smem
+  limits_smem, row_smem, q_smem, k_smem, v_smem, out_smem, *barriers = scratch
+  ready, loaded, k_filled, v_filled, k_freed, v_freed = barriers
   program, group = lax.axis_index("program"), lax.axis_index("group")
   tile, head = lax.div(program, heads), lax.rem(program, heads)
   start, stop, first, last, inner_first, inner_last = (ref[tile] for ref in tile_refs)
@@ -187,9 +113,13 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
     def _step(j):
       place = lax.rem(j, shape.places)
       keys = pl.ds(first + j * shape.keys, shape.keys)
-      for ref, ring, filled_P, freed_P in zip((k_ref, v_ref), (k_smem, v_smem), filled, freed):
+
+      def fill(ref, ring, filled_P, freed_P):
         pl.when(j >= shape.places)(lambda: plgpu.barrier_wait(freed_P.at[place]))
         plgpu.copy_gmem_to_smem(ref.at[keys, head], ring.at[place], filled_P.at[place])
+
+      fill(k_ref, k_smem, k_filled, k_freed)
+      fill(v_ref, v_smem, v_filled, v_freed)
 
   @pl.when(alive & (group < GROUPS))
   def _computes():
@@ -211,9 +141,9 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
       key = first + j * shape.keys
       # A place is freed only if it is to be filled again, so that none is freed unheard.
       again = j + shape.places < steps
-      plgpu.barrier_wait(filled[0].at[place])
+      plgpu.barrier_wait(k_filled.at[place])
       score = on.scores(q_smem.at[group], k_smem.at[place])
-      pl.when(again)(lambda: plgpu.barrier_arrive(freed[0].at[place]))
+      pl.when(again)(lambda: plgpu.barrier_arrive(k_freed.at[place]))
 
       def masked(x, fill):
         def mask(x):
@@ -228,26 +158,26 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
 
       if form.softmax:
         score = masked(score, -jnp.inf)
-      gain_B = None if form.softmax else on.row_terms(row_smem.at[group])
-      weight, shrink_B, carry = _weights(form, score, gain_B, carry)
-      if not form.softmax:
+        weight, shrink_B, *carry = _softmax(form.scale, score, *carry)
+        outs_BC = [x * _across(shrink_B, x) for x in outs_BC]
+      else:
+        gain_B = on.row_terms(row_smem.at[group])
+        weight = POINTWISE[form.activation].value(score * form.scale) * _across(gain_B, score)
         weight = masked(weight, 0.0)
       weight = weight.astype(q_smem.dtype)
-      if form.softmax:
-        outs_BC = [x * _across(shrink_B, x) for x in outs_BC]
-      plgpu.barrier_wait(filled[1].at[place])
+      plgpu.barrier_wait(v_filled.at[place])
       values = v_smem.at[place]
       outs_BC = [on.add_product(x, weight, values.at[:, p]) for x, p in zip(outs_BC, parts)]
-      pl.when(again)(lambda: plgpu.barrier_arrive(freed[1].at[place]))
+      pl.when(again)(lambda: plgpu.barrier_arrive(v_freed.at[place]))
       return outs_BC, carry
 
     zeros = [on.full((ROWS, shape.columns), 0.0) for _ in parts]
-    carry = (on.full((ROWS,), -jnp.inf), on.full((ROWS,), 0.0)) if form.softmax else ()
+    carry = [on.full((ROWS,), -jnp.inf), on.full((ROWS,), 0.0)] if form.softmax else []
     outs_BC, carry = lax.fori_loop(0, steps, step, (zeros, carry))
     if form.softmax:
       top_B, sum_B = carry
       sum_B = jnp.where(sum_B > 0, sum_B, 1.0)
-      outs_BC = [x / _across(sum_B, x) for x in outs_BC]
+      outs_BC = [x * _across(1.0 / sum_B, x) for x in outs_BC]
       top_B = jnp.where(top_B == -jnp.inf, 0.0, top_B)
       row_smem.at[group][...] = top_B * math.log(2) + jnp.log(sum_B)
       plgpu.commit_smem()
@@ -260,20 +190,21 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
     plgpu.wait_smem_to_gmem(0)
 
 
+def _columns(part: slice):
+  return pl.ds(part.start, part.stop - part.start)
+
+
 def _store(x_BC, out_ref, head, part: slice, first_row, stop):
   """Rows [first_row, stop) of one head and some columns, as boxes of 64, 32, ..., 1 rows."""
   count = jnp.clip(stop - first_row, 0, ROWS)
-  box = ROWS
-  while box:
+
+  def write(box: int):
     done = count & -2 * box  # The rows in larger boxes.
+    target = out_ref.at[pl.ds(first_row + done, box), head, _columns(part)]
+    plgpu.copy_smem_to_gmem(x_BC.at[pl.ds(done, box)], target)
 
-    @pl.when(count & box != 0)
-    def _():
-      rows = pl.ds(first_row + done, box)
-      target = out_ref.at[rows, head, _columns(part)]
-      plgpu.copy_smem_to_gmem(x_BC.at[pl.ds(done, box)], target)
-
-    box //= 2
+  for i in range(ROWS.bit_length()):
+    pl.when(count >> i & 1 == 1)(functools.partial(write, 1 << i))
 
 
 def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: bool) -> Saved:
@@ -310,7 +241,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
   if form.softmax:
     outputs.append(jax.ShapeDtypeStruct((number, heads, GROUPS, ROWS), jnp.float32))
   found = plgpu.kernel(
-    functools.partial(_kernel, form, shape, heads, _Interpreted if interpret else _Compiled),
+    functools.partial(_kernel, form, shape, heads, Interpreted if interpret else Compiled),
     out_type=outputs,
     scratch_types=_scratch(form, shape, width, q_THD.dtype),
     grid=(number * heads,),
@@ -325,7 +256,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
     return Saved(found[0], jnp.zeros((0, 0), jnp.float32))
   log_NBH = jnp.moveaxis(found[1].reshape(number, heads, GROUPS * ROWS), 1, 2)
   log_TH = jnp.zeros((count, heads), jnp.float32)
-  return Saved(found[0], log_TH.at[row_NB].set(log_NBH, mode="drop", unique_indices=True))
+  return Saved(found[0], log_TH.at[row_NB].set(log_NBH, mode="drop"))
 
 
 def _interpreter():
@@ -349,6 +280,8 @@ def _scratch(form: Form, shape: Launch, width: int, dtype) -> list:
     plgpu.SMEM((GROUPS, ROWS, shape.columns), dtype),
     plgpu.Barrier(num_arrivals=1 if form.softmax else 2),  # Limits, and gains.
     plgpu.Barrier(num_barriers=GROUPS),  # Queries.
-    *(filled, filled),
-    *(freed, freed),
+    filled,
+    filled,
+    freed,
+    freed,
   ]
