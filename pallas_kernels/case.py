@@ -23,7 +23,7 @@ class Case:
   kernels: Mapping[str, bool]
 
 
-def _zipf(total: int, segments: int, seed: int) -> np.ndarray:
+def zipf_lengths(total: int, segments: int, seed: int) -> np.ndarray:
   """Lengths whose ranks follow Zipf's law, of about `total` events, shuffled."""
   length_S = 1 / np.arange(1, segments + 1)
   length_S = np.maximum(1, np.round(length_S * total / length_S.sum())).astype(np.int32)
@@ -39,7 +39,7 @@ LENGTHS: dict[str, np.ndarray] = {
   "around_block": np.array([63, 64, 65, 1, 127, 128, 129, 31, 32, 33, 15, 16, 17], np.int32),
   "one_long": np.array([0] * 5 + [16_384] + [0] * 6, np.int32),
   "many_short": np.random.default_rng(0).integers(0, 7, 4_096).astype(np.int32),
-  "zipf": _zipf(total=2_000, segments=20, seed=1),  # Mean 100, 1 of 556.
+  "zipf": zipf_lengths(total=2_000, segments=20, seed=1),  # Mean 100, 1 of 556.
 }
 
 

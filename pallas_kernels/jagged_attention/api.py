@@ -63,8 +63,8 @@ def jagged_attention(
       key, so that fewer queries than keys are the segment's most recent ones.
     window: Sees only keys nearer than this many positions; of those with `causal` the past ones.
     block: Sees only the keys of its own block of so many positions (GEM's BlockAttention has 64).
-    kv_segment_S: int32, never falling: whose keys a segment of queries attends to, so that candidates
-      of one request share its keys. Its own number unless given.
+    kv_segment_S: int32, never falling: whose keys a segment of queries attends to, so that
+      candidates of one request share its keys. Its own number unless given.
     biases: Additive relative biases, each with a table (H, N) that has a gradient.
     qk_norm: (gain_D of queries, gain_D of keys): RMS norm of each head before the product.
     rope: Base of rotary positions, such as 10000; None for none. D must be even.
@@ -154,7 +154,7 @@ def _attend_backward(form, implementation, residuals, g_THD):
       "triton": functools.partial(triton.backward, form),
     },
     *residuals,
-    g_THD,
+    jnp.asarray(g_THD),
     refusal=triton.refusal(q_THD, k_EHD, tables),
   )
   dtables = tuple(d.astype(t.dtype) for d, t in zip(found.tables, tables))
@@ -165,7 +165,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _own(x_THD: jax.Array, offsets_S1: jax.Array) -> jax.Array:
-  """Rows outside the segments as zeros: they may be NaN, and a gain's gradient sums over all rows."""
+  """Rows outside the segments as zeros: a gain's gradient sums over all, and they may be NaN."""
   row_T = jnp.arange(len(x_THD))
   own_T = (row_T >= offsets_S1[0]) & (row_T < offsets_S1[-1])
   return jnp.where(own_T[:, None, None], x_THD, 0)
@@ -179,11 +179,13 @@ def _check(q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, biase
     )
   if q_THD.shape[1:] != k_EHD.shape[1:]:
     raise ValueError(
-      f"{_OP}: q and k must have the same heads and width, have {q_THD.shape[1:]}, {k_EHD.shape[1:]}"
+      f"{_OP}: q and k must have the same heads and width, "
+      f"have {q_THD.shape[1:]}, {k_EHD.shape[1:]}"
     )
   if not q_THD.dtype == k_EHD.dtype == v_EHD.dtype or not jnp.issubdtype(q_THD.dtype, jnp.floating):
     raise ValueError(
-      f"{_OP}: q, k and v must have one float dtype, have {q_THD.dtype}, {k_EHD.dtype}, {v_EHD.dtype}"
+      f"{_OP}: q, k and v must have one float dtype, "
+      f"have {q_THD.dtype}, {k_EHD.dtype}, {v_EHD.dtype}"
     )
   segments.check_offsets(_OP, "q_offsets", q_offsets_S1)
   segments.check_offsets(_OP, "kv_offsets", kv_offsets_S1)
@@ -223,9 +225,7 @@ def _check_options(activation, norm, window, block, rope, width) -> None:
     )
   if norm is not None and activation == SOFTMAX:
     raise ValueError(f"{_OP}: the softmax sums to 1, so norm={norm!r} must be None")
-  if (
-    isinstance(norm, str) and norm != "length" or not isinstance(norm, str | None) and not norm > 0
-  ):
+  if norm not in (None, "length") and (isinstance(norm, str) or not norm > 0):
     raise ValueError(f'{_OP}: norm must be a positive number, "length" or None, is {norm!r}')
   for name, value in (("window", window), ("block", block)):
     if value is not None and value < 1:

@@ -2,13 +2,13 @@
 
     bias_ij = table[head, bucket(x_i - x_j)]
 
-Distances fall into buckets that widen with them, 2^bits to each octave, by integers alone, so that all
-implementations agree: with the distance d as a float32, its exponent and the first `bits` bits of its
-mantissa are the bucket. Distances below 2^(bits + 1) have buckets of their own.
+Distances fall into buckets that widen with them, 2^bits to each octave, by integers alone, so that
+all implementations agree: with the distance d as a float32, its exponent and the first `bits` bits
+of its mantissa are the bucket. Distances below 2^(bits + 1) have buckets of their own.
 
     bucket(0) = 0;   bucket(d) = 1 + (bits of float32(d) >> (23 - bits)) - (127 << bits)
 
-T5 (arXiv 1910.10683, 2.1) and HSTU (arXiv 2402.17152, 3.2) widen their buckets likewise, by logarithms.
+T5 (arXiv 1910.10683, 2.1) and HSTU (arXiv 2402.17152, 3.2) widen theirs likewise, by logarithms.
 Letters: H heads, N buckets, T queries, E keys.
 """
 

@@ -40,7 +40,8 @@ def attend(
     else:
       weight_HE = POINTWISE[form.activation].value(score_HE) * gain.astype(high)
     weight_HE = jnp.where(seen_E, weight_HE, 0)
-    return jnp.einsum("he,ehd->hd", weight_HE, v_EHD)
+    # Not a row of zeros times v, for then a NaN in the gradient of a row without keys would spread.
+    return jnp.where(lo < hi, jnp.einsum("he,ehd->hd", weight_HE, v_EHD), 0)
 
   rows = (q_THD, plan.lo_T, plan.hi_T, plan.gain_T, plan.q_coordinates)
   out_THD = jax.lax.map(lambda row: of_query(*row), rows, batch_size=ROWS)

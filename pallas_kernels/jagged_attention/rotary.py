@@ -1,8 +1,8 @@
 """What is done to queries and keys before they meet: QK-norm and rotary positions.
 
-Once an event and not once a pair of tiles: a key tile is visited by up to T / 64 query tiles, and to
-normalise and turn it again in each would cost 64 D multiplications more than the 128 D of the product
-hide. XLA fuses both into one pass. Letters: T rows, H heads, D width of a head.
+Once an event and not once a pair of tiles, for a tile of keys is visited by up to T / 64 tiles of
+queries: to normalise and turn it anew in each, without tensor cores, costs more than to write it
+once. XLA fuses both into one pass. Letters: T rows, H heads, D width of a head.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Tiles of a jagged axis, and the stretch of the other axis that each has to visit.
 
-A segment at least as long as a tile is cut into tiles of its own, from its first row on. Shorter ones
-that lie side by side share tiles: 64 rows hold ten users with six events each, and their keys lie side
-by side, too. Rows outside of all segments get tiles that visit nothing and write zeros. So every row
-lies in one tile, and their number has a bound that knows no lengths:
+A segment at least as long as a tile is cut into tiles of its own, from its first row on. Shorter
+ones that lie side by side share tiles: 64 rows hold ten users with six events each, and their keys
+lie side by side, too. Rows outside of all segments get tiles that visit nothing and write zeros. So
+every row lies in one tile, and their number has a bound that knows no lengths:
 
     N = T // block + min(2 (T // block), 2 S) + 3
 
-since at most T // block segments are long, and each starts a tile and lets the rows behind it start one.
+since at most T // block segments are long, and each starts a tile and lets what follows start one.
 Letters: S segments, T rows to be tiled, N tiles, B rows of a tile, E rows of the other axis.
 """
 

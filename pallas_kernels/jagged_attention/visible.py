@@ -5,9 +5,9 @@
     window w               nearer to p than w
     block b                of the b positions that p lies among, [p // b * b, p // b * b + b)
 
-p counts from the start of the segment's keys and is aligned at the ends: the last query of a segment
-stands at its last key. With it a kernel needs no case for any mask, and a tile knows what it visits.
-Letters: S segments, T queries, E keys (events).
+p counts from the start of the segment's keys and is aligned at the ends: the last query of a
+segment stands at its last key. So a kernel needs no case for any mask, and a tile knows what it
+visits. Letters: S segments, T queries, E keys (events).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plain JAX: the tiles that a GPU works on one by one, a few of equal cost at a time.
 
-The costliest come first and the loops end where the work does, so time follows the pairs that are seen.
+The costliest come first and the loops end where the work does, so time follows the pairs seen.
 Letters: C tiles at a time, B queries and K keys of a tile, T queries, E keys, H heads, D width.
 """
 
@@ -20,8 +20,10 @@ AT_A_TIME = 8  # C: enough that the loop costs nothing, few enough that their co
 
 
 def _take(x_TX: jax.Array, row_CB: jax.Array, inside_CB: jax.Array) -> jax.Array:
-  """Rows of a jagged array; 0 where not inside, whatever lies there."""
+  """Rows of a jagged array, floats in full precision; 0 where not inside, whatever lies there."""
   x = x_TX.at[row_CB].get(mode="clip")
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    x = x.astype(wide(x))  # XLA has no product of bf16 tiles with float32 sums on a CPU.
   return jnp.where(inside_CB.reshape(inside_CB.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
@@ -32,7 +34,7 @@ def _rows(start_C: jax.Array, stop_C: jax.Array, block: int) -> tuple[jax.Array,
 
 def _scores(form: Form, tables, plan: Plan, q_CBHD, k_CKHD, row_CB, inside_CB, key_CK):
   """(score_CHBK, seen_C1BK, buckets of every bias)."""
-  score = jnp.einsum("cbhd,ckhd->chbk", q_CBHD, k_CKHD, preferred_element_type=wide(q_CBHD))
+  score = jnp.einsum("cbhd,ckhd->chbk", q_CBHD, k_CKHD)
   score *= form.scale
   found = []
   for buckets, table_HN, x_T, x_E in zip(
@@ -92,9 +94,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
       else:
         weight = POINTWISE[form.activation].value(score) * gain_CB[:, None, :, None]
         weight = jnp.where(seen, weight, 0)
-      out_CHBD += jnp.einsum(
-        "chbk,ckhd->chbd", weight.astype(v_EHD.dtype), v_CKHD, preferred_element_type=high
-      )
+      out_CHBD += jnp.einsum("chbk,ckhd->chbd", weight, v_CKHD)
       return out_CHBD, top_CHB, sum_CHB
 
     start = (
@@ -128,7 +128,7 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
     """(weight, d loss / d score, buckets, gradient of the output's rows) of one pair of tiles."""
     score, seen, found = _scores(form, tables, plan, q_CBHD, k_CKHD, row_CB, inside_CB, key_CK)
     g_CBHD = _take(g_THD, row_CB, inside_CB)
-    pull = jnp.einsum("cbhd,ckhd->chbk", g_CBHD, v_CKHD, preferred_element_type=high)
+    pull = jnp.einsum("cbhd,ckhd->chbk", g_CBHD, v_CKHD)
     if form.softmax:
       log, delta = (
         jnp.swapaxes(_take(x, row_CB, inside_CB), 1, 2)[..., None] for x in (saved.log_TH, delta_TH)
@@ -154,8 +154,7 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
         d + jnp.einsum("chbk,cbkn->hn", slope, jax.nn.one_hot(bucket, d.shape[1], dtype=high))
         for d, bucket in zip(dtables, found)
       )
-      slope = slope.astype(q_THD.dtype)
-      dq = jnp.einsum("chbk,ckhd->chbd", slope, k_CKHD, preferred_element_type=high)
+      dq = jnp.einsum("chbk,ckhd->chbd", slope, k_CKHD)
       return dq_CHBD + dq, dtables
 
     dq_THD, dtables = carry
@@ -173,9 +172,9 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
       dk_CHKD, dv_CHKD = sums
       q_CBHD = _take(q_THD, row_CB, inside_CB)
       weight, slope, _, g_CBHD = slopes(q_CBHD, k_CKHD, v_CKHD, row_CB, inside_CB, key_CK)
-      total = functools.partial(jnp.einsum, "chbk,cbhd->chkd", preferred_element_type=high)
-      dk = total(slope.astype(q_THD.dtype), q_CBHD)
-      return dk_CHKD + dk, dv_CHKD + total(weight.astype(g_THD.dtype), g_CBHD)
+      total = functools.partial(jnp.einsum, "chbk,cbhd->chkd")
+      dk = total(slope, q_CBHD)
+      return dk_CHKD + dk, dv_CHKD + total(weight, g_CBHD)
 
     zero = jnp.zeros((AT_A_TIME, heads, BLOCK_K, width), high)
     dk_CHKD, dv_CHKD = _over_other(some, BLOCK_Q, of_queries, (zero, zero))

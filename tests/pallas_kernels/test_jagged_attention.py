@@ -1,0 +1,359 @@
+"""jagged_attention: every implementation on the same lengths against one float64 oracle."""
+
+import functools
+
+import attention_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.case import LENGTHS, offsets
+from pallas_kernels.jagged_attention.api import jagged_attention
+from pallas_kernels.jagged_attention.bias import Buckets, RelativeBias
+
+IMPLEMENTATIONS = ("reference", "xla", "triton")
+# These share one program a form: the last segments are empty.
+TOGETHER = ("all_empty", "one_event", "empty_among", "around_block", "zipf")
+SEGMENTS, ROOM = 24, 2_100
+BEFORE = 3  # Rows before the first segment.
+
+# Options, and the (bits, signed, buckets) of every bias; coordinates are made for each.
+FORMS = {
+  "softmax": ({}, ()),
+  "hstu": ({"activation": "silu", "causal": True, "norm": 512.0}, ((3, False, 40), (1, False, 16))),
+  "gelu_window": ({"activation": "gelu", "window": 40, "norm": "length", "scale": 0.3}, ()),
+  "relu2_blocks": ({"activation": "relu2", "block": 64, "causal": True, "norm": 64.0}, ()),
+  "softmax_signed": ({"causal": False, "window": 100}, ((2, True, 24),)),
+}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # Of the greatest entry.
+
+
+def jagged(length_S, heads=2, width=16, dtype="float32", room=0, kv_length_S=None, seed=0):
+  """(q, k, v, g, q_offsets, kv_offsets), with NaN in all rows outside the segments."""
+  rng = np.random.default_rng(seed)
+  made = []
+  for lengths in (length_S, length_S if kv_length_S is None else kv_length_S):
+    offset_S1 = offsets(lengths, BEFORE)
+    made.append((offset_S1, max(room, offset_S1[-1] + 5)))
+  (q_offsets, T), (kv_offsets, E) = made
+  arrays = []
+  for rows, offset_S1 in ((T, q_offsets), (E, kv_offsets), (E, kv_offsets), (T, q_offsets)):
+    x = rng.standard_normal((rows, heads, width))
+    x[:BEFORE] = x[offset_S1[-1] :] = np.nan
+    arrays.append(np.asarray(jnp.asarray(x, dtype)))
+  return *arrays, q_offsets, kv_offsets
+
+
+def padded(length_S):
+  return np.pad(length_S, (0, SEGMENTS - len(length_S)))
+
+
+def make_biases(specs, T, E, heads, seed=1):
+  rng = np.random.default_rng(seed)
+  return [
+    (
+      rng.standard_normal((heads, count)).astype(np.float32),
+      np.cumsum(rng.integers(0, 9, T)).astype(np.int32),
+      np.cumsum(rng.integers(0, 9, E)).astype(np.int32),
+      bits,
+      signed,
+    )
+    for bits, signed, count in specs
+  ]
+
+
+@functools.cache
+def program(implementation, options, buckets):
+  """(out, gradients of q, k, v and tables), jitted once for all lengths of one shape."""
+
+  def run(q, k, v, g, q_offsets, kv_offsets, tables, coordinates):
+    def out_of(q, k, v, tables):
+      biases = [RelativeBias(t, *x, b) for t, x, b in zip(tables, coordinates, buckets)]
+      found = dict(options, biases=biases, implementation=implementation)
+      return jagged_attention(q, k, v, q_offsets, kv_offsets, **found)
+
+    out, pull = jax.vjp(out_of, q, k, v, tables)
+    return out, *pull(g)
+
+  return jax.jit(run)
+
+
+def run(implementation, form, case):
+  options, specs = FORMS[form]
+  q, k, *_ = case
+  biases = make_biases(specs, len(q), len(k), q.shape[1])
+  fn = program(implementation, tuple(options.items()), tuple(Buckets(b[3], b[4]) for b in biases))
+  tables, coordinates = tuple(b[0] for b in biases), tuple(b[1:3] for b in biases)
+  *found, dtables = fn(*case, tables, coordinates)
+  return [np.asarray(x.astype(jnp.float32)) for x in found], [np.asarray(d) for d in dtables]
+
+
+@functools.cache
+def expected(form, name, dtype="float32", width=16, heads=2):
+  options, specs = FORMS[form]
+  case = case_of(name, dtype, width, heads)
+  biases = make_biases(specs, len(case[0]), len(case[1]), heads)
+  *found, dtables = oracle.attend(*case, biases=biases, **options)
+  return found, dtables
+
+
+@functools.cache
+def case_of(name, dtype="float32", width=16, heads=2):
+  length_S = LENGTHS[name]
+  together = name in TOGETHER
+  return jagged(
+    padded(length_S) if together else length_S,
+    heads=heads,
+    width=width,
+    dtype=dtype,
+    room=ROOM if together else 0,
+  )
+
+
+def assert_close(found, wanted, tolerance):
+  (arrays, tables), (wanted_arrays, wanted_tables) = found, wanted
+  # Entries of a table are sums over thousands of pairs that cancel.
+  pairs = [(x, y, 1) for x, y in zip(arrays, wanted_arrays)]
+  pairs += [(x, y, 10) for x, y in zip(tables, wanted_tables)]
+  for i, (x, y, times) in enumerate(pairs):
+    assert x.shape == y.shape
+    if x.size:
+      assert np.isfinite(x).all(), f"array {i} is not finite"
+      np.testing.assert_allclose(x, y, rtol=0, atol=times * tolerance * max(1, np.abs(y).max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_all_lengths(implementation, form):
+  for name in TOGETHER:
+    found = run(implementation, form, case_of(name))
+    assert_close(found, expected(form, name), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_many_short_segments(implementation):
+  shape = {"name": "many_short", "width": 16, "heads": 1}
+  found = run(implementation, "gelu_window", case_of(**shape))
+  assert_close(found, expected("gelu_window", **shape), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_long_segment_among_empty_ones(implementation):
+  shape = {"name": "one_long", "width": 16, "heads": 1}
+  found = run(implementation, "relu2_blocks", case_of(**shape))
+  assert_close(found, expected("relu2_blocks", **shape), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("implementation", ("xla", "triton"))
+def test_one_long_segment_where_all_see_all_before_them(implementation):
+  """134 million pairs, so forward only, and the oracle on rows here and there."""
+  q, k, v, _, q_offsets, kv_offsets = case_of("one_long", width=16, heads=1)
+  out = jax.jit(
+    functools.partial(jagged_attention, causal=True, implementation=implementation)
+  )(q, k, v, q_offsets, kv_offsets)  # fmt: skip
+  assert np.isfinite(out).all()
+  for row in (3, 66, 67, 5_000, 16_386):
+    Q, K, V = (x[:, 0].astype(np.float64) for x in (q, k, v))
+    weight = np.exp(K[BEFORE : row + 1] @ Q[row] / 4)
+    np.testing.assert_allclose(out[row, 0], weight @ V[BEFORE : row + 1] / weight.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_segments_and_no_rows(implementation):
+  for rows, segments in ((7, 0), (0, 3), (0, 0)):
+    q = np.full((rows, 2, 16), np.nan, np.float32)
+    offset_S1 = np.zeros((segments + 1,), np.int32)
+    fn = functools.partial(jagged_attention, q_offsets_S1=offset_S1, implementation=implementation)
+    out, pull = jax.vjp(fn, q, q, q)
+    assert out.shape == q.shape and not np.any(out)
+    assert all(x.shape == q.shape and not np.any(x) for x in pull(jnp.ones_like(out)))
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("implementation", ("xla", "triton"))
+@pytest.mark.parametrize("width", (40, 64))
+def test_half_precision_and_widths(implementation, dtype, width):
+  shape = {"name": "empty_among", "dtype": dtype, "width": width}
+  found = run(implementation, "softmax", case_of(**shape))
+  assert_close(found, expected("softmax", **shape), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_cross_attention_with_lengths_of_its_own(implementation):
+  q_length_S, kv_length_S = np.array([3, 0, 70, 5, 1]), np.array([130, 4, 0, 66, 2])
+  case = jagged(q_length_S, kv_length_S=kv_length_S)
+  fn = program(implementation, (("causal", True),), ())
+  *found, _ = fn(*case, (), ())
+  *wanted, _ = oracle.attend(*case, causal=True)
+  assert_close((map(np.asarray, found), ()), (wanted, ()), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_candidates_of_one_request_share_its_keys(implementation):
+  kv_segment_S = np.array([0, 0, 0, 1, 3, 3], np.int32)
+  q, k, v, g, q_offsets, kv_offsets = jagged(
+    np.array([2, 2, 2, 1, 9, 70]), kv_length_S=np.array([65, 4, 12, 90])
+  )
+  shared = {"causal": True, "activation": "silu"}
+  fn = lambda q, k, v: jagged_attention(
+    q,
+    k,
+    v,
+    q_offsets,
+    kv_offsets,
+    kv_segment_S=kv_segment_S,
+    implementation=implementation,
+    **shared,
+  )
+  out, pull = jax.vjp(fn, q, k, v)
+  *wanted, _ = oracle.attend(q, k, v, g, q_offsets, kv_offsets, kv_segment=kv_segment_S, **shared)
+  assert_close(([out, *pull(g)], ()), (wanted, ()), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("implementation", ("xla", "triton"))
+def test_pooling_by_attention_with_seeds_of_all_segments(implementation):
+  """PMA: the gradient of the shared seeds is the sum over segments."""
+  _, k, v, _, _, kv_offsets = jagged(LENGTHS["empty_among"])
+  rng = np.random.default_rng(5)
+  seed_MHD = rng.standard_normal((2, 2, 16)).astype(np.float32)
+  count = len(kv_offsets) - 1
+  g = rng.standard_normal((2 * count, 2, 16)).astype(np.float32)
+  q_offsets = 2 * np.arange(count + 1, dtype=np.int32)
+  fn = lambda seed: jagged_attention(
+    jnp.tile(seed, (count, 1, 1)), k, v, q_offsets, kv_offsets, implementation=implementation
+  )
+  out, pull = jax.vjp(fn, seed_MHD)
+  q = np.tile(seed_MHD, (count, 1, 1))
+  wanted, dq, *_ = oracle.attend(q, k, v, g, q_offsets, kv_offsets)
+  np.testing.assert_allclose(out, wanted, atol=1e-5)
+  np.testing.assert_allclose(pull(g)[0], dq.reshape(count, 2, 2, 16).sum(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ("xla", "triton"))
+def test_gradients_are_those_that_jax_takes_of_the_reference(implementation):
+  case = case_of("around_block")
+  for x, y in zip(run(implementation, "hstu", case), run("reference", "hstu", case)):
+    for a, b in zip(x, y):
+      np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
+
+
+def rotated(x, position, base=100.0):
+  """Rotary positions as complex numbers."""
+  half = x.shape[-1] // 2
+  angle = position[:, None] * base ** (-np.arange(half) / half)
+  turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
+  return np.concatenate([turned.real, turned.imag], -1)
+
+
+@pytest.mark.parametrize("implementation", ("xla", "triton"))
+def test_norm_and_rotary_positions_inside(implementation):
+  q, k, v, g, q_offsets, kv_offsets = jagged(np.array([5, 0, 70]), kv_length_S=np.array([6, 3, 90]))
+  gain_q, gain_k = (np.random.default_rng(i).uniform(0.5, 2, 16).astype(np.float32) for i in (1, 2))
+
+  def fn(implementation, q, k, v, gain_q, gain_k):
+    options = {"rope": 100.0, "qk_norm": (gain_q, gain_k), "implementation": implementation}
+    return jagged_attention(q, k, v, q_offsets, kv_offsets, **options)
+
+  out, pull = jax.vjp(functools.partial(fn, implementation), q, k, v, gain_q, gain_k)
+  normed = [
+    x.astype(np.float64)
+    / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
+    * gain
+    for x, gain in ((q, gain_q), (k, gain_k))
+  ]
+  place = [np.zeros(len(x)) for x in (q, k)]
+  for s in range(3):
+    (a, b), (c, d) = q_offsets[s : s + 2], kv_offsets[s : s + 2]
+    place[0][a:b] = np.arange(b - a) + (d - c) - (b - a)
+    place[1][c:d] = np.arange(d - c)
+  turned = [rotated(x, p) for x, p in zip(normed, place)]
+  wanted, *_ = oracle.attend(*turned, v, g, q_offsets, kv_offsets)
+  np.testing.assert_allclose(out, wanted, atol=2e-5)
+  _, pull_reference = jax.vjp(functools.partial(fn, "reference"), q, k, v, gain_q, gain_k)
+  for x, y in zip(pull(g), pull_reference(g)):
+    assert np.isfinite(x).all()
+    np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * max(1, np.abs(y).max()))
+
+
+@pytest.mark.parametrize("implementation", ("xla", "triton"))
+def test_order_of_segments_does_not_matter(implementation):
+  length_S = padded(LENGTHS["around_block"])
+  q, k, v, g, q_offsets, _ = case = jagged(length_S, room=ROOM)
+  order = np.random.default_rng(3).permutation(SEGMENTS)
+  row = np.concatenate([np.arange(q_offsets[s], q_offsets[s + 1]) for s in order])
+  shuffled = [x.copy() for x in (q, k, v, g)]
+  for x, y in zip(shuffled, (q, k, v, g)):
+    x[BEFORE : BEFORE + len(row)] = y[row]
+  new = offsets(length_S[order], BEFORE)
+  found, _ = run(implementation, "softmax", case)
+  again, _ = run(implementation, "softmax", (*shuffled, new, new))
+  for x, y in zip(found, again):
+    np.testing.assert_allclose(y[BEFORE : BEFORE + len(row)], x[row], atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ("xla", "triton"))
+def test_another_segment_changes_no_bit_and_a_run_repeats_itself(implementation):
+  case = jagged(padded(LENGTHS["empty_among"]), room=ROOM)
+  q_offsets = case[4]
+  first, _ = run(implementation, "softmax", case)
+  again, _ = run(implementation, "softmax", case)
+  changed = [x.copy() for x in case]
+  stranger = slice(q_offsets[4], q_offsets[5])  # The 130 events; 7 lie before it and 3 behind.
+  for x in changed[:4]:
+    x[stranger] *= -3
+  other, _ = run(implementation, "softmax", changed)
+  for x, y, z in zip(first, again, other):
+    assert x.tobytes() == y.tobytes()
+    kept = np.delete(np.arange(len(x)), np.r_[stranger])
+    assert x[kept].tobytes() == z[kept].tobytes()
+    assert x[stranger].tobytes() != z[stranger].tobytes()
+
+
+def test_a_gpu_gets_the_kernel_and_a_cpu_xla():
+  q, k, v, _, q_offsets, kv_offsets = case_of("one_event")
+  fn = jax.jit(jagged_attention).trace(q, k, v, q_offsets, kv_offsets)
+  assert "__gpu$xla.gpu.triton" in fn.lower(lowering_platforms=("cuda",)).as_text()
+  assert "triton" not in fn.lower(lowering_platforms=("cpu",)).as_text()
+  wide = np.zeros((4, 1, 320), np.float32)
+  refused = jax.jit(jagged_attention).trace(wide, wide, wide, np.array([0, 4], np.int32))
+  assert "triton" not in refused.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_memory_follows_events_and_not_pairs():
+  """16,384 queries and keys: their scores alone would be a gigabyte."""
+  shape = jax.ShapeDtypeStruct((16_384, 1, 32), jnp.float32)
+  offset_S1 = jax.ShapeDtypeStruct((5,), jnp.int32)
+  loss = lambda q, k, v, o: jagged_attention(q, k, v, o, implementation="xla").sum()
+  done = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape, offset_S1).compile()
+  assert done.memory_analysis().temp_size_in_bytes < 64 * 2**20
+
+
+BAD = {
+  "shapes": (lambda q, o: (q[:, 0], q, q, o), {}, r"q must be \(queries, heads, width\)"),
+  "heads": (lambda q, o: (q, q[:, :1], q[:, :1], o), {}, r"same heads and width, have \(2, 16\)"),
+  "dtypes": (lambda q, o: (q, q.astype(np.float16), q, o), {}, "one float dtype"),
+  "integers": (lambda q, o: (q.astype(int),) * 3 + (o,), {}, "one float dtype, have int32"),
+  "offsets": (lambda q, o: (q, q, q, o.astype(float)), {}, "q_offsets must be int32"),
+  "segments": (lambda q, o: (q, q, q, o, o[:-1]), {}, "3 segments and keys 2; give kv_segment"),
+  "activation": (lambda q, o: (q, q, q, o), {"activation": "relu"}, "'relu' is not one of softmax"),
+  "norm": (lambda q, o: (q, q, q, o), {"norm": 2.0}, "softmax sums to 1, so norm=2.0"),
+  "norm_0": (lambda q, o: (q, q, q, o), {"norm": 0, "activation": "silu"}, "positive number"),
+  "window": (lambda q, o: (q, q, q, o), {"window": 0}, "window must be at least 1 position, is 0"),
+  "rope": (lambda q, o: (q[..., :15],) * 3 + (o,), {"rope": 10.0}, "base 10.0 and width 15"),
+  "unknown": (lambda q, o: (q, q, q, o), {"implementation": "cuda"}, "'cuda' is not one of"),
+  "refused": (
+    lambda q, o: (np.repeat(q, 20, 2),) * 3 + (o,),
+    {"implementation": "triton"},
+    "must lie in 16 to 256, is 320",
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_get_one_sentence(name):
+  make, options, message = BAD[name]
+  args = make(np.zeros((9, 2, 16), np.float32), np.array([0, 2, 5, 9], np.int32))
+  with pytest.raises(ValueError, match=message) as caught:
+    jagged_attention(*args, **options)
+  assert "\n" not in str(caught.value)
