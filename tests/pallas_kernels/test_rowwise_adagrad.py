@@ -145,9 +145,11 @@ def test_unique_of_another_length(capacity, implementation):
   unique_U = jnp.full((capacity,), len(v_R), jnp.int32)
   kept = min(capacity, len(unique_N))
   unique_U = unique_U.at[:kept].set(unique_N[:kept])
-  update = functools.partial(rowwise_adagrad_update, lr=LR, implementation=implementation)
+  if capacity > kept:  # A row beyond the last run: no gradient names it.
+    unique_U = unique_U.at[-1].set(np.setdiff1d(np.arange(len(v_R)), row_N)[0])
+  update = functools.partial(rowwise_adagrad_update, lr=LR, l2=0.3, implementation=implementation)
   runs = order_N, segment_N, unique_U
-  check(arrays, compiled(update)(*arrays[:3], *runs), oracle(*arrays))
+  check(arrays, compiled(update)(*arrays[:3], *runs), oracle(*arrays, l2=0.3))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
