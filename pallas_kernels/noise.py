@@ -1,11 +1,11 @@
 """Random bits that depend on a key and on an element's place alone: the same in XLA and in kernels.
 
-A counter-based hash, so a kernel needs no state and no order of its elements. Two finalisers of
-three multiplications (triple32 of Wellons' hash prospector, whose bias from the ideal avalanche is
-0.02 %), the key's words added before each: far better than the rounding of numbers needs, far
-cheaper than Threefry (about 25 integer instructions, 13 of them a row's), and not for secrets.
-Seen in its test: each of the 32 bits is set half the time, no correlation between neighbours, keys
-or bits beyond that of chance. Two elements share their bits as often as 2^32 values allow.
+A counter-based hash, so a kernel needs no state and no order of its elements: two finalisers of
+three multiplications (triple32 of Wellons' hash prospector), a word of the key added before each.
+About 13 integer instructions an element, the same a row, a fraction of Threefry's; good enough for
+rounding, and not for secrets. Its test finds no more than chance: each of the 32 bits is set half
+the time, nothing correlates among neighbours, keys or bits, and one bit of the place or the key
+changes half of the noise. Two elements have the same noise as often as 2^32 values allow.
 """
 
 from __future__ import annotations
