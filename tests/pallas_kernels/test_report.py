@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import subprocess
 import sys
 import types
@@ -180,10 +181,11 @@ def widest_of_each_kind():
   found = {}
   for module in cli.modules("shapes", cli.OPS):
     for case in module.report_cases():
-      kind = (case.op, case.implementation, case.direction, *sorted(case.kernels))
-      matrices = [x for x in jax.tree.leaves(case.args) if x.ndim > 1]
-      width = max((x.shape[-1] for x in matrices), default=0)
-      if width > found.get(kind, (-1, None))[0]:
+      rows = [x for x in jax.tree.leaves(case.args) if x.ndim > 1]
+      size = max(((x.size, x.dtype.itemsize) for x in rows), default=(0, 0))[1]
+      width = max(((x.shape[-1], math.prod(x.shape[1:])) for x in rows), default=(0, 0))
+      kind = (case.op, case.implementation, case.direction, size, *sorted(case.kernels))
+      if kind not in found or width > found[kind][0]:
         found[kind] = (width, case)
   return [case for _, case in found.values()]
 
