@@ -1,27 +1,27 @@
 """Forward pass in the Mosaic GPU lowering for Hopper (sm_90a): wgmma, TMA, warps in roles.
 
 A block of threads has one tile of 128 queries and one head. Its third group of warps does nothing
-but copy tiles of keys and values into rings in shared memory; the other two have 64 queries each and
-take them from there, so that one multiplies while the other takes exponentials (FlashAttention-3,
-arXiv 2407.08608, 3.1). Of every place of a ring a barrier says that it is filled, another that it is
-free again.
+but copy tiles of keys and values into rings in shared memory; the other two have 64 queries each
+and take them from there, so that one multiplies while the other takes exponentials
+(FlashAttention-3, arXiv 2407.08608, 3.1). Of every place of a ring a barrier says that it is
+filled, another that it is free again.
 
 Offsets of segments are multiples of nothing, and three things follow:
-- Mosaic has TMA read what wgmma takes from shared memory in tiles of 8 rows, and of a tile that does
-  not start at a multiple of 8 rows it would read only the rest. So keys are read from such a multiple
-  on, and masks leave out those before the first.
+- Mosaic has TMA read what wgmma takes from shared memory in tiles of 8 rows, and of a tile that
+  does not start at a multiple of 8 rows it would read only the rest. So keys are read from such a
+  multiple on, and masks leave out those before the first.
 - Queries are read as rows, from any on, and brought into tiles by way of registers.
-- A tile's last queries are followed by those of another, and TMA writes whole boxes. So its own are
-  written as boxes of 64, 32, ..., 1 rows: one for each half of a full tile.
+- A tile's last queries are followed by those of another, and TMA writes whole boxes. So its own
+  are written as boxes of 64, 32, ..., 1 rows: one for each half of a full tile.
 
-The interpreter runs all of it but the products and the layouts of registers (warpgroup.py): barriers,
-addresses, masks, sums and stores are tested by numbers, the former by compiling for sm_90a alone.
-JAX refuses causal masks in its own attention on CUDA 12.8.0 to 12.9.0, whose ptxas miscompiles them;
-ours are masks of the same kind. Mosaic takes the ptxas it finds first: that of the wheels is 12.9.86,
-of CUDA 12.9.1.
+The interpreter runs all of it but the products and the layouts of registers (warpgroup.py):
+barriers, addresses, masks, sums and stores are tested by numbers, the former by compiling for
+sm_90a alone. JAX refuses causal masks in its own attention on CUDA 12.8.0 to 12.9.0, whose ptxas
+miscompiles them; ours are masks of the same kind. Mosaic takes the ptxas it finds first: that of
+the wheels is 12.9.86, of CUDA 12.9.1.
 
-Letters: B queries of a group, G groups, K keys of a tile, P places of a ring, T queries, E keys,
-H heads, D width, C columns of the output that are summed at once, N tiles.
+Letters: B queries of a group, G groups, K keys of a tile, P places of a ring, T queries, E keys, H
+heads, D width, C columns of the output that are summed at once, N tiles.
 """
 
 from __future__ import annotations

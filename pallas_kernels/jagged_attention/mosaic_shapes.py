@@ -1,4 +1,4 @@
-"""Named shapes of the Mosaic kernel, for the report: programs differ by width, dtype and activation."""
+"""Named shapes of the Mosaic kernel, which the report compiles."""
 
 from __future__ import annotations
 
