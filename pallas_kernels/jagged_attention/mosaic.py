@@ -14,11 +14,11 @@ Offsets of segments are multiples of nothing, and three things follow:
 - A tile's last queries are followed by those of another, and TMA writes whole boxes. So its own
   are written as boxes of 64, 32, ..., 1 rows: one for each half of a full tile.
 
-The interpreter runs all of it but the products and the layouts of registers (warpgroup.py):
-barriers, addresses, masks, sums and stores are tested by numbers, the former by compiling for
-sm_90a alone. JAX refuses causal masks in its own attention on CUDA 12.8.0 to 12.9.0, whose ptxas
-miscompiles them; ours are masks of the same kind. Mosaic takes the ptxas it finds first: that of
-the wheels is 12.9.86, of CUDA 12.9.1.
+The interpreter runs all of it but the products and the layouts of registers (warpgroup.py). So
+barriers, addresses, masks, sums and stores are tested by numbers; products and layouts are compiled
+for sm_90a, no more. JAX refuses causal masks in its own attention on CUDA 12.8.0 to 12.9.0, whose
+ptxas miscompiles them, and ours are of the same kind. Mosaic takes the ptxas that it finds first:
+that of the wheels is 12.9.86, of CUDA 12.9.1.
 
 Letters: B queries of a group, G groups, K keys of a tile, P places of a ring, T queries, E keys, H
 heads, D width, C columns of the output that are summed at once, N tiles.

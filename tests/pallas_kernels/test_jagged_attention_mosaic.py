@@ -25,7 +25,7 @@ from pallas_kernels.jagged_attention.visible import visible
 QUERIES, KEYS, HEADS = 203, 229, 2  # Neither is a multiple of 8.
 START = 5
 MASKS = {
-  "self": ([64, 0, 20, 1, 67, 20], None, {}),
+  "self": ([140, 0, 20, 1, 7, 20], None, {}),
   "long": ([0, 0, 190, 0, 0, 0], None, {"causal": True, "window": 70}),
   "block": ([140, 20, 0, 0, 3, 20], None, {"block": 64}),
   "cross": ([90, 3, 30, 0, 50, 5], [1, 131, 0, 40, 20, 30], {"causal": True}),
