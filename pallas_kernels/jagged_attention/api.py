@@ -68,7 +68,8 @@ def jagged_attention(
     biases: Additive relative biases, each with a table (H, N) that has a gradient.
     qk_norm: (gain_D of queries, gain_D of keys): RMS norm of each head before the product.
     rope: Base of rotary positions, such as 10000; None for none. D must be even.
-    implementation: See dispatch.py.
+    implementation: See dispatch.py; "mosaic" is the forward pass for Hopper in bf16 and fp16, whose
+      backward pass is Triton's.
 
   Returns:
     out_THD in the dtype of q.
@@ -131,32 +132,25 @@ def _attend(form: Form, implementation: str | None, q_THD, k_EHD, v_EHD, tables,
 
 def _attend_forward(form, implementation, q_THD, k_EHD, v_EHD, tables, plan):
   args = (q_THD, k_EHD, v_EHD, tables, plan)
-  saved: Saved = dispatch(
-    _OP,
-    implementation,
-    {
-      "xla": functools.partial(xla.forward, form),
-      "triton": functools.partial(triton.forward, form),
-    },
-    *args,
-    refusal=triton.refusal(q_THD, k_EHD, tables),
-  )
+  known = {"xla": functools.partial(xla.forward, form)}
+  known["triton"] = functools.partial(triton.forward, form)
+  refusal = triton.refusal(q_THD, k_EHD, tables)
+  if implementation == "mosaic":  # Only then: not every platform's jaxlib has Mosaic.
+    from pallas_kernels.jagged_attention import mosaic
+
+    known["mosaic"] = functools.partial(mosaic.forward, form)
+    refusal = mosaic.refusal(q_THD, k_EHD, tables)
+  saved: Saved = dispatch(_OP, implementation, known, *args, refusal=refusal)
   return saved.out_THD, (*args, saved)
 
 
 def _attend_backward(form, implementation, residuals, g_THD):
   q_THD, k_EHD, _, tables, plan, _ = residuals
-  found = dispatch(
-    _OP,
-    implementation,
-    {
-      "xla": functools.partial(xla.backward, form),
-      "triton": functools.partial(triton.backward, form),
-    },
-    *residuals,
-    jnp.asarray(g_THD),
-    refusal=triton.refusal(q_THD, k_EHD, tables),
-  )
+  known = {"xla": functools.partial(xla.backward, form)}
+  known["triton"] = known["mosaic"] = functools.partial(triton.backward, form)
+  refusal = triton.refusal(q_THD, k_EHD, tables)
+  args = (*residuals, jnp.asarray(g_THD))
+  found = dispatch(_OP, implementation, known, *args, refusal=refusal)
   dtables = tuple(d.astype(t.dtype) for d, t in zip(found.tables, tables))
   return found.q_THD, found.k_EHD, found.v_EHD, dtables, jax.tree.map(lambda _: None, plan)
 

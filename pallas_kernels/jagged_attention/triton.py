@@ -36,17 +36,19 @@ MOST_BUCKETS = 512
 _WHOLE = pl.no_block_spec
 
 
-def launch(width: int, itemsize: int, biased: bool) -> Launch:
+def launch(width: int, itemsize: int, biased: bool, direction: str) -> Launch:
   """Tiles whose registers do not spill on sm_80, sm_90a and sm_100a (pallas_kernels.report).
 
-  A bias needs an address for every pair.
+  Registers grow with the bytes of a row, twice as much where float32 goes to tensor cores as TF32,
+  and where columns are masked. A bias needs an address for every pair.
   """
-  row = power(width) * itemsize
+  load = power(width) * itemsize * (2 if itemsize == 4 else 1) * (1 if power(width) == width else 2)
   if biased:
-    return Launch(64 if 128 <= row <= 256 else 32, 32, 8, 1)
-  if row <= 256:
-    return Launch(64, 64, 8, 2)
-  return Launch(64, 32, 8, 2) if row <= 512 else Launch(32, 32, 8, 1)
+    return Launch(64 if 128 <= load <= 256 else 32, 32 if load <= 256 else 16, 8, 1)
+  if load > 512:
+    return Launch(32, 32 if load == 1024 else 16, 8, 1)
+  keys = 64 if 128 <= load <= 256 else 32
+  return Launch(64, keys, 4 if load == 256 and direction == "forward" else 8, 2)
 
 
 def refusal(q_THD: jax.Array, k_EHD: jax.Array, tables: tuple[jax.Array, ...]) -> str | None:
@@ -131,7 +133,7 @@ def _call(
 def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: bool) -> Saved:
   """The output, and of a softmax the logarithm of its denominators."""
   count, heads, width = q_THD.shape
-  shape = launch(width, q_THD.dtype.itemsize, bool(tables))
+  shape = launch(width, q_THD.dtype.itemsize, bool(tables), "forward")
   cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, shape.queries)
   outputs = [jax.ShapeDtypeStruct(q_THD.shape, q_THD.dtype)]
   if form.softmax:
@@ -157,7 +159,7 @@ def backward(
     _call, q_THD=q_THD, tables=tables, plan=plan, args=args, interpret=interpret
   )
 
-  shape = launch(width, q_THD.dtype.itemsize, bool(tables))
+  shape = launch(width, q_THD.dtype.itemsize, bool(tables), "backward")
   cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, shape.queries)
   sums = [jax.ShapeDtypeStruct((len(cut.start_N), heads, t.shape[1]), jnp.float32) for t in tables]
   outputs = [jax.ShapeDtypeStruct(q_THD.shape, q_THD.dtype), *sums]
@@ -165,7 +167,7 @@ def backward(
     triton_backward.of_queries, "backward_queries", form, shape, cut, outputs=outputs
   )
 
-  shape = launch(width, q_THD.dtype.itemsize, bool(tables))
+  shape = launch(width, q_THD.dtype.itemsize, bool(tables), "backward")
   cut = tiles.key_tiles(plan.kv_offsets_S1, plan.lo_T, plan.hi_T, len(k_EHD), shape.keys)
   outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_EHD, v_EHD)]
   dk_EHD, dv_EHD = run(triton_backward.of_keys, "backward_keys", form, shape, cut, outputs=outputs)
