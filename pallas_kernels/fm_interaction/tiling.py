@@ -62,12 +62,16 @@ class Axis:
       return min(size, self.size - start)
     return size if self.padded == self.size else jnp.minimum(size, self.size - start)
 
-  def each(self, body: Callable[[Piece, Any], Any], carry: Any = None) -> Any:
-    """body(piece, carry) for one piece after the other."""
+  def each(self, one: Any, body: Callable[[Piece, Any], Any], carry: Any = None) -> Any:
+    """body(piece, carry) for one piece after the other.
+
+    `one` is 1, read from memory: where LLVM knows how short a loop is, it writes it out, and
+    registers spill.
+    """
     pieces = self.pieces
     if self.alike and len(pieces) > 1:
       size = pieces[0][1]
-      return lax.fori_loop(0, len(pieces), lambda i, c: body((i * size, size), c), carry)
+      return lax.fori_loop(0, len(pieces) * one, lambda i, c: body((i * size, size), c), carry)
     for piece in pieces:
       carry = body(piece, carry)
     return carry
@@ -102,13 +106,18 @@ class Tiling:
   @property
   def warps(self) -> int:
     if self.paged:
-      return 4
+      # Four multiply 64 rows; few elements for each leave little but addresses in registers.
+      return 4 if self.n.pieces[0][1] * self.k.pieces[0][1] > 1024 else 2
     elements = self.d.padded * max(self.k.padded, self.n.padded)
     return 1 if elements <= 512 else 2 if elements <= 1024 else 4
 
-  def programs(self, bytes_each: int) -> int:
-    """Programs, of which each has `bytes_each` of its own: what an L2 cache holds.
+  def stages(self, itemsize: int, backward: bool) -> int:
+    """Pieces that a loop loads ahead; between examples other programs fill the wait."""
+    return 1 if not self.paged else 3 if backward and itemsize == 2 else 2
 
-    At least one for each processor of an H100 (132), at most sixteen.
+  def programs(self, bytes_each: int) -> int:
+    """Programs, of which each has `bytes_each` of its own: about what an L2 cache holds.
+
+    From 2 to 16 for each of an H100's 132 processors.
     """
-    return min(self.batch, max(132, min(16 * 132, 48 * 2**20 // max(1, bytes_each))))
+    return min(self.batch, max(2 * 132, min(16 * 132, 64 * 2**20 // max(1, bytes_each))))

@@ -37,18 +37,19 @@ def backward(x_BND, y, scale_F, bias_F, gradient_BF, *, eps: float, interpret: b
   inputs = _named(x_BND, y, scale_F, None)
   # What examples share has a sum for each program, and the sum of these: no atomics.
   sums = [name for name, array in inputs.items() if array.ndim == 2]
-  outputs = {name: Shape(a.shape, a.dtype) for name, a in inputs.items() if name not in sums}
+  dtypes = {"x": x_BND.dtype, "y": y.dtype}
+  outputs = {name: Shape(inputs[name].shape, dtypes[name]) for name in dtypes if name not in sums}
   inputs["gradient"] = gradient_BF.reshape(len(x_BND), *y.shape[-2:])
   of = _call("backward", inputs, outputs, sums, eps, interpret)
-  of |= {name: of[name].sum(0).astype(inputs[name].dtype) for name in sums}
-  of_scale = None if scale_F is None else of["scale"].reshape(-1)
+  of_y = of["y"].sum(0).astype(y.dtype) if "y" in sums else of["y"]
+  of_scale = of["scale"].sum(0).reshape(-1).astype(scale_F.dtype) if "scale" in sums else None
   of_bias = None if bias_F is None else gradient_BF.sum(0, dtype=jnp.float32).astype(bias_F.dtype)
-  return of["x"], of["y"], of_scale, of_bias
+  return of["x"], of_y, of_scale, of_bias
 
 
 def _named(x_BND, y, scale_F, bias_F) -> dict[str, jax.Array]:
   learnt = {"scale": scale_F, "bias": bias_F}
-  return {"x": x_BND, "y": y} | {
+  return {"x": x_BND, "y": y.astype(x_BND.dtype)} | {
     name: array.reshape(y.shape[-2:]) for name, array in learnt.items() if array is not None
   }
 
@@ -63,6 +64,7 @@ def _call(direction, inputs, outputs, sums, eps, interpret):
     own |= {"mixed": Shape((width, rank), dtype), "pairs": Shape((units, rank), jnp.float32)}
     if direction == "backward":
       own |= {"of_pairs": Shape((units, rank), dtype), "of_mixed": Shape((width, rank), dtype)}
+  inputs = inputs | {"one": jnp.ones((1,), jnp.int32)}
   programs = tiling.programs(sum(s.size * s.dtype.itemsize for s in own.values()))
   outputs = outputs | {name: Shape((programs, *s.shape), s.dtype) for name, s in own.items()}
   body = {"forward": _forward_example, "backward": _backward_example}[direction]
@@ -74,7 +76,6 @@ def _call(direction, inputs, outputs, sums, eps, interpret):
 
     def turn(i, _):
       body(_Example(tiling, ins, outs, program, program + i * programs, i, barrier), eps)
-      barrier()
 
     lax.fori_loop(0, (batch - program + programs - 1) // programs, turn, None)
 
@@ -85,7 +86,9 @@ def _call(direction, inputs, outputs, sums, eps, interpret):
     out_specs=[pl.no_block_spec] * len(outputs),
     out_shape=list(outputs.values()),
     interpret=interpret,
-    compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=2),
+    compiler_params=plgpu.CompilerParams(
+      num_warps=tiling.warps, num_stages=tiling.stages(dtype.itemsize, direction == "backward")
+    ),
     name=f"fm_interaction_{direction}",
   )(*inputs.values())
   return dict(zip(outputs, results))
@@ -126,7 +129,7 @@ def _backward_example(at: _Example, eps: float) -> None:
       total += plgpu.dot(at.take("of_pairs", n, k), at.take("mixed", d, k), trans_b=True)
       return total + plgpu.dot(at.y(n, k), at.take("of_mixed", d, k), trans_b=True)
 
-    at.write("x", tiling.k.each(body, jnp.zeros((n[1], d[1]), jnp.float32)), n, d)
+    at.write("x", at.each(tiling.k, body, jnp.zeros((n[1], d[1]), jnp.float32)), n, d)
 
   def of_y(n, k):
     (at.add if at.shared else at.write)("y", at.times("of_mixed", n, k), n, k)
@@ -144,13 +147,15 @@ class _Example:
     self.dtype = ins["x"].dtype
     self.shared = len(ins["y"].shape) == 2
     self.kept = {}
+    one = ins["one"][0]
+    self.each = lambda axis, *body_carry: axis.each(one, *body_carry)
 
   def x(self, n, d):
     return _load(self.ins["x"], n, d, self.example)
 
   def y(self, n, k):
     lead = () if self.shared else (self.example,)
-    return _load(self.ins["y"], n, k, *lead).astype(self.dtype)
+    return _load(self.ins["y"], n, k, *lead)
 
   def gradient(self, n, k):
     return _load(self.ins["gradient"], n, k, self.example).astype(jnp.float32)
@@ -185,7 +190,7 @@ class _Example:
 
   def tiles(self, rows: Axis, columns: Axis, body):
     """body(row, column) for every tile; a stage."""
-    rows.each(lambda r, _: columns.each(lambda c, _: body(r, c)))
+    self.each(rows, lambda r, _: self.each(columns, lambda c, _: body(r, c)))
     self.barrier()  # Other threads may read what these have written.
 
   def mix(self, other, name: str):
@@ -193,7 +198,7 @@ class _Example:
 
     def tile(d, k):
       body = lambda n, total: total + plgpu.dot(self.x(n, d), other(n, k), trans_a=True)
-      total = self.tiling.n.each(body, jnp.zeros((d[1], k[1]), jnp.float32))
+      total = self.each(self.tiling.n, body, jnp.zeros((d[1], k[1]), jnp.float32))
       self.leave(name, total.astype(self.dtype), d, k)
 
     self.tiles(self.tiling.d, self.tiling.k, tile)
@@ -201,7 +206,7 @@ class _Example:
   def times(self, name: str, n, k):
     """A tile of X mixed, (N, K), float32."""
     body = lambda d, total: total + plgpu.dot(self.x(n, d), self.take(name, d, k))
-    return self.tiling.d.each(body, jnp.zeros((n[1], k[1]), jnp.float32))
+    return self.each(self.tiling.d, body, jnp.zeros((n[1], k[1]), jnp.float32))
 
   def pair(self, n, k):
     """A tile of P = X M, which it leaves, too."""
@@ -235,8 +240,9 @@ class _Example:
       return seen + more, means, products
 
     zeros = [jnp.float32(0)] * count
-    _, means, products = units.each(
-      lambda n, carry: rank.each(functools.partial(merge, n), carry),
+    _, means, products = self.each(
+      units,
+      lambda n, carry: self.each(rank, functools.partial(merge, n), carry),
       (jnp.float32(0), zeros, zeros),
     )
     self.barrier()  # The pairs were left.
@@ -245,16 +251,13 @@ class _Example:
 
 def _at(shape, rows, columns, *lead):
   """Indices of a tile of the last two axes, and a mask of what lies inside; None: all does."""
-  index = [
-    piece[0] + jnp.arange(piece[1]).reshape(form)
-    for piece, form in ((rows, (-1, 1)), (columns, (1, -1)))
-  ]
-  whole = [size % piece[1] == 0 for size, piece in zip(shape[-2:], (rows, columns))]
-  masks = [i < size for i, size, w in zip(index, shape[-2:], whole) if not w]
-  if masks:
-    masks = functools.reduce(jnp.logical_and, masks)
-    masks = jnp.broadcast_to(masks, (rows[1], columns[1]))
-  return (*lead, *index), None if isinstance(masks, list) else masks
+  index, mask = [], None
+  for size, (start, length), form in zip(shape[-2:], (rows, columns), ((-1, 1), (1, -1))):
+    index.append(start + jnp.arange(length).reshape(form))
+    if size % length:
+      inside = jnp.broadcast_to(index[-1] < size, (rows[1], columns[1]))
+      mask = inside if mask is None else mask & inside
+  return (*lead, *index), mask
 
 
 def _load(ref, rows, columns, *lead):
