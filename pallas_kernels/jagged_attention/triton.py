@@ -39,14 +39,17 @@ _WHOLE = pl.no_block_spec
 def launch(width: int, itemsize: int, biased: bool, direction: str) -> Launch:
   """Tiles whose registers do not spill on sm_80, sm_90a and sm_100a (pallas_kernels.report).
 
-  Registers grow with the bytes of a row, twice as much where float32 goes to tensor cores as TF32,
-  and where columns are masked. A bias needs an address for every pair.
+  Registers grow with the bytes of a row, twice as much where float32 goes to tensor cores as TF32.
+  A bias needs an address for every pair, and masked columns a mask.
   """
-  load = power(width) * itemsize * (2 if itemsize == 4 else 1) * (1 if power(width) == width else 2)
+  padded = power(width)
+  load = padded * itemsize * (2 if itemsize == 4 else 1)
   if biased:
     return Launch(64 if 128 <= load <= 256 else 32, 32 if load <= 256 else 16, 8, 1)
-  if load > 512:
-    return Launch(32, 32 if load == 1024 else 16, 8, 1)
+  if load > 512 or (itemsize == 4 and padded <= 32):
+    return Launch(32, 32 if load <= 1024 else 16, 8, 1)
+  if padded != width:
+    return Launch(64, 32, 8, 1)
   keys = 64 if 128 <= load <= 256 else 32
   return Launch(64, keys, 4 if load == 256 and direction == "forward" else 8, 2)
 

@@ -1,5 +1,7 @@
 """Tiles: every row once, every pair that is seen visited, no more tiles than the bound."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -53,7 +55,7 @@ def test_a_tile_of_a_long_segment_visits_nothing_outside_of_it(name):
   for start, stop, first, last in zip(
     *map(np.asarray, tiles.query_tiles(offset_S1, seen.lo_T, seen.hi_T, 64))
   ):
-    for a, b in zip(offset_S1[:-1], offset_S1[1:]):
+    for a, b in itertools.pairwise(offset_S1):
       if b - a >= 64 and a <= start < b:
         assert a <= first and last <= b and stop <= b
 
