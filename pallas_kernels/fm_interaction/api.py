@@ -32,10 +32,11 @@ def fm_interaction(
     out = (p - mean(p)) / sqrt(var(p) + eps) * scale + bias
 
   Products are of x's dtype with sums in float32 (float32 itself in TF32 on a GPU, as XLA does);
-  mean, biased variance and the normalisation are float32. The kernel holds Xᵀ Y of one example on
-  the chip and keeps nothing for the backward pass but its inputs: neither (B, K, D) nor products
-  before the normalisation ever lie in memory. Gradients of what examples share are sums in an
-  order that does not vary: the same bits in every run.
+  mean, biased variance and the normalisation are float32. Nothing is kept for the backward pass
+  but the inputs. The kernels hold Xᵀ Y and the products of one example at a time, in registers or
+  in scratch pages of a fixed number of programs (about 32 MiB, up to 300 for the largest sizes of
+  the paper): no (B, K, D) and no (B, N * K) before the norm. Gradients of what examples share are
+  sums in an order that does not vary: the same bits in every run.
 
   Args:
     x_BND: Units, of any float dtype; B may be 0.

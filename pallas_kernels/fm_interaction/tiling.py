@@ -120,4 +120,4 @@ class Tiling:
 
     From 2 to 16 for each of an H100's 132 processors.
     """
-    return min(self.batch, max(2 * 132, min(16 * 132, 64 * 2**20 // max(1, bytes_each))))
+    return min(self.batch, max(2 * 132, min(16 * 132, 32 * 2**20 // max(1, bytes_each))))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Refused
-from pallas_kernels.fm_interaction import bench, shapes
+from pallas_kernels.fm_interaction import bench, shapes, xla
 from pallas_kernels.fm_interaction.api import fm_interaction
 from pallas_kernels.fm_interaction.tiling import Axis, Tiling
 
@@ -201,6 +201,14 @@ def test_pieces_cover_an_axis_once(size, most, alike):
   assert size <= ends <= 1.1 * (-(-size // 16) * 16)
   assert sum(axis.inside(piece) for piece in axis.pieces) == size
   assert not alike or len({length for _, length in axis.pieces}) == 1
+
+
+@pytest.mark.parametrize(("units", "cheaper"), ((40, True), (41, False)))
+def test_fallback_takes_the_cheaper_association(units, cheaper):
+  width, rank = 128, 24  # 2 * 128 * 24 / 152 = 40.4
+  gram = 2 * units**2 * (width + rank)
+  mixtures = 4 * units * width * rank
+  assert (gram < mixtures) == xla.gram_is_cheaper(units, width, rank) == cheaper
 
 
 X, Y = jnp.zeros((2, 3, 4)), jnp.zeros((3, 5))
