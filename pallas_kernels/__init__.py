@@ -2,7 +2,8 @@
 
 A jagged array holds sequences side by side, without padding: rows [offsets[s], offsets[s + 1]) are
 those of segment s. Every op has a kernel for NVIDIA GPUs, an efficient form in plain JAX that runs
-elsewhere, and a reference; see dispatch.py for which one runs.
+elsewhere, and a reference; see dispatch.py for which one runs. What is public is named here: an
+op's folder is hidden behind its function of the same name; `from <folder> import` reaches in.
 
     python -m pallas_kernels.report     what the compilers make of every kernel, without a GPU
     python -m pallas_kernels.bench      what is needed, what is visited, and times

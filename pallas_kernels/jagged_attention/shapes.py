@@ -105,4 +105,5 @@ TIMED = {
   "zipf_mean100_softmax": ("zipf_mean100", {}),
   "zipf_mean100_hstu": ("zipf_mean100", {"activation": "silu", "causal": True, "norm": 512}),
 }
+QUICK = ("half_padded_softmax", "zipf_mean100_hstu")
 TIMED_HEADS, TIMED_WIDTH = 2, 64

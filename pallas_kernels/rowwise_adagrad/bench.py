@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.rowwise_adagrad import triton
-from pallas_kernels.rowwise_adagrad.api import OP, rowwise_adagrad_update
+from pallas_kernels.rowwise_adagrad.api import rowwise_adagrad_update
 from pallas_kernels.rowwise_adagrad.runs import sorted_runs
 from pallas_kernels.rowwise_adagrad.shapes import SHAPES, Shape
 from pallas_kernels.timing import side_by_side
@@ -24,7 +24,9 @@ def rows(quick: bool) -> Iterator[dict]:
   for name, shape in SHAPES.items():
     if quick:
       shape = dataclasses.replace(shape, rows=20_000, gradients=2_000)
-    yield {"op": OP, "shape": name, "baseline": BASELINE} | work(shape) | times(shape)
+    yield (
+      {"op": "rowwise_adagrad", "shape": name, "baseline": BASELINE} | work(shape) | times(shape)
+    )
 
 
 def work(shape: Shape) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels.case import Case
 from pallas_kernels.rowwise_adagrad import triton
-from pallas_kernels.rowwise_adagrad.api import OP, rowwise_adagrad_update
+from pallas_kernels.rowwise_adagrad.api import rowwise_adagrad_update
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def report_cases() -> Iterator[Case]:
   for name, shape in REPORTED.items():
     noisy = shape.dtype == "bfloat16"
     yield Case(
-      op=OP,
+      op="rowwise_adagrad",
       implementation="triton",
       direction="forward",
       shape=name,
