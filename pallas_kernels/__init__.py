@@ -5,6 +5,8 @@ those of segment s. Every op has a kernel for NVIDIA GPUs, an efficient form in 
 elsewhere, and a reference; see dispatch.py for which one runs. What is public is named here: an
 op's folder is hidden behind its function of the same name; `from <folder> import` reaches in.
 
+Inside `jax.shard_map` take check_vma=False, as for any Pallas kernel whose outputs name no axes.
+
     python -m pallas_kernels.report     what the compilers make of every kernel, without a GPU
     python -m pallas_kernels.bench      what is needed, what is visited, and times
 """

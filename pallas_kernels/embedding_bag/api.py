@@ -40,9 +40,11 @@ def embedding_bag(
   table's shape for a handful of rows, so asking for it is an error. Training takes the gradient of
   what follows and hands it on by row:
 
-      y_SW, pullback = jax.vjp(rest_of_the_model, embedding_bag(table_RW, id_N, offsets_S1))
+      y_SW = embedding_bag(table_RW, id_N, offsets_S1, mode="sum")
+      dy_SW = jax.grad(loss_of_the_rest)(y_SW)
       grad_NW, _ = embedding_bag_gradients(dy_SW, table_RW, id_N, offsets_S1, mode="sum")
-      table_RW, ... = rowwise_adagrad_update(table_RW, ..., id_N, grad_NW)
+      runs = sorted_runs(id_N, len(table_RW))
+      table_RW, v_R = rowwise_adagrad_update(table_RW, v_R, grad_NW, *runs, lr=0.1)
 
   (`implementation="reference"` is plain JAX and has the dense gradient, for small tables.)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import segments
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import Refused, dispatch
 from pallas_kernels.jagged_attention import reference, rotary, triton, xla
 from pallas_kernels.jagged_attention.activation import POINTWISE, SOFTMAX
 from pallas_kernels.jagged_attention.bias import RelativeBias
@@ -21,6 +22,7 @@ from pallas_kernels.jagged_attention.form import Form, Plan, Saved
 from pallas_kernels.jagged_attention.visible import key_positions, visible
 
 _OP = "jagged_attention"
+_IMPLEMENTATIONS = ("reference", "xla", "triton", "mosaic")
 
 
 def jagged_attention(
@@ -51,9 +53,12 @@ def jagged_attention(
   backward. Sums are float32. The same inputs give the same bits: nothing is added atomically.
 
   Args:
-    q_THD, k_EHD, v_EHD: bf16, fp16 or float32, all the same. Rows outside the segments may hold
-      anything; their output and gradients are 0. A query that sees no key has output 0.
-    q_offsets_S1: int32, rising; segment s has the queries [q_offsets[s], q_offsets[s + 1]).
+    q_THD, k_EHD, v_EHD: bf16, fp16 or float32, all the same. Kernels round f(s) / norm to it, so
+      that it must stay below 65,504 in fp16, and multiply float32 as TF32. Rows outside the
+      segments may hold anything; their output and gradients are 0. A NaN inside a segment may
+      spread to short ones beside it, which share its tiles. A query that sees no key has output 0.
+    q_offsets_S1: int32, rising; segment s has the queries [q_offsets[s], q_offsets[s + 1]). What
+      reaches beyond the array is cut at its end.
     kv_offsets_S1: The same of keys; None for self-attention, where T must equal E.
     activation: "softmax", "silu", "gelu" or "relu2".
     scale: Of q.k; 1 / sqrt(D) for the softmax and 1 for the others (HSTU) unless given.
@@ -63,8 +68,8 @@ def jagged_attention(
       key, so that fewer queries than keys are the segment's most recent ones.
     window: Sees only keys nearer than this many positions; of those with `causal` the past ones.
     block: Sees only the keys of its own block of so many positions (GEM's BlockAttention has 64).
-    kv_segment_S: int32, never falling: whose keys a segment of queries attends to, so that
-      candidates of one request share its keys. Its own number unless given.
+    kv_segment_S: int32: whose keys a segment of queries attends to, so that candidates of one
+      request share its keys. Where it falls more is visited. Its own number unless given.
     biases: Additive relative biases, each with a table (H, N) that has a gradient.
     qk_norm: (gain_D of queries, gain_D of keys): RMS norm of each head before the product.
     rope: Base of rotary positions, such as 10000; None for none. D must be even.
@@ -84,17 +89,38 @@ def jagged_attention(
   Source: HSTU (arXiv 2402.17152, 3.2); FlashAttention-2 (arXiv 2307.08691) for the order of work;
     GDPA and BlockAttention of Meta's GEM (engineering.fb.com, 2025-11-10 and 2026-08-03).
   """
-  arrays = (q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, tuple(biases), qk_norm)
-  q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, biases, qk_norm = jax.tree.map(
-    jnp.asarray, arrays
-  )
-  kv_offsets_S1 = q_offsets_S1 if kv_offsets_S1 is None else kv_offsets_S1
+  if implementation not in (None, *_IMPLEMENTATIONS):
+    raise Refused(
+      f"{_OP}: implementation {implementation!r} is not one of {', '.join(_IMPLEMENTATIONS)}"
+    )
+  q_THD, k_EHD, v_EHD, q_offsets_S1 = map(jnp.asarray, (q_THD, k_EHD, v_EHD, q_offsets_S1))
+  kv_offsets_S1 = q_offsets_S1 if kv_offsets_S1 is None else jnp.asarray(kv_offsets_S1)
+  if kv_offsets_S1 is q_offsets_S1 and q_THD.shape[:1] != k_EHD.shape[:1]:
+    raise ValueError(
+      f"{_OP}: self-attention has as many queries as keys, here {q_THD.shape[:1]} and "
+      f"{k_EHD.shape[:1]}; give kv_offsets for keys of their own"
+    )
+  kv_segment_S = None if kv_segment_S is None else jnp.asarray(kv_segment_S)
+  if isinstance(biases, RelativeBias) or not all(isinstance(b, RelativeBias) for b in biases):
+    raise ValueError(f"{_OP}: biases must be a sequence of RelativeBias, are {biases!r:.60}")
+  biases = tuple(RelativeBias(*map(jnp.asarray, b[:3]), b.buckets) for b in biases)
+  if qk_norm is not None:
+    if not isinstance(qk_norm, tuple | list) or len(qk_norm) != 2:
+      raise ValueError(
+        f"{_OP}: qk_norm must be the gains of queries and of keys, is {qk_norm!r:.60}"
+      )
+    qk_norm = tuple(map(jnp.asarray, qk_norm))
   _check(q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, biases, qk_norm)
   _check_options(activation, norm, window, block, rope, q_THD.shape[2])
   if scale is None:
     scale = 1 / math.sqrt(q_THD.shape[2]) if activation == SOFTMAX else 1.0
 
+  # What is wider than all keys hides none, and positions stay far from the ends of int32.
+  window, block = (None if x is None else min(x, len(q_THD) + len(k_EHD)) for x in (window, block))
   options = {"causal": causal, "window": window, "block": block}
+  # Traced offsets cannot be refused; beyond the arrays they must not lead.
+  q_offsets_S1 = jnp.clip(q_offsets_S1, 0, len(q_THD))
+  kv_offsets_S1 = jnp.clip(kv_offsets_S1, 0, len(k_EHD))
   seen = visible(q_offsets_S1, kv_offsets_S1, kv_segment_S, len(q_THD), **options)
   if qk_norm is not None:
     q_THD = rotary.rms_norm(_own(q_THD, q_offsets_S1), qk_norm[0])
@@ -207,6 +233,7 @@ def _check(q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, biase
       raise ValueError(
         f"{_OP}: coordinates of bias {i} must be int32, are {bias.q_T.dtype} and {bias.kv_E.dtype}"
       )
+    bias.buckets.check(f"{_OP}: bias {i}", bias.table_HN)
   for gain_D in qk_norm or ():
     if gain_D.shape != q_THD.shape[2:]:
       raise ValueError(f"{_OP}: gains of qk_norm must be {q_THD.shape[2:]}, one is {gain_D.shape}")
@@ -219,10 +246,12 @@ def _check_options(activation, norm, window, block, rope, width) -> None:
     )
   if norm is not None and activation == SOFTMAX:
     raise ValueError(f"{_OP}: the softmax sums to 1, so norm={norm!r} must be None")
-  if norm not in (None, "length") and (isinstance(norm, str) or not norm > 0):
+  if not (norm is None or (isinstance(norm, str) and norm == "length")) and not (
+    isinstance(norm, Real) and norm > 0
+  ):
     raise ValueError(f'{_OP}: norm must be a positive number, "length" or None, is {norm!r}')
   for name, value in (("window", window), ("block", block)):
-    if value is not None and value < 1:
+    if value is not None and not (isinstance(value, Integral) and value >= 1):
       raise ValueError(f"{_OP}: {name} must be at least 1 position, is {value}")
   if rope is not None and (width % 2 or not rope > 1):
     raise ValueError(

@@ -65,7 +65,7 @@ def work(length_S: np.ndarray, options: dict[str, Any]) -> dict[str, Any]:
     "bytes_needed": 2 * T * H * D * (4 + 8),
     "flops_visited": visited,
     "tiles_visited": (2 * visits[0] + visits[1]) * H,
-    # Of the products that the kernels make, those of pairs that are seen.
+    # Pairs that are seen, of all in the tiles visited, over the nine products that kernels make.
     "useful_tile_share": ideal / visited,
   }
 

@@ -34,10 +34,23 @@ class Buckets:
   bits: int = 1
   signed: bool = False
 
+  def check(self, what: str, table_HN: jax.Array) -> None:
+    """ValueError unless the table has a column for every direction and floats."""
+    count = table_HN.shape[-1]
+    if not isinstance(self.bits, int) or not 0 <= self.bits <= 8:
+      raise ValueError(f"{what}: bits must lie in 0 to 8, is {self.bits}")
+    if not count or (self.signed and count % 2):
+      raise ValueError(
+        f"{what}: a table has at least one column, and an even number where signed; it has {count}"
+      )
+    if not jnp.issubdtype(table_HN.dtype, jnp.floating):
+      raise ValueError(f"{what}: a table must be of floats, is {table_HN.dtype}")
+
   def __call__(self, distance: jax.Array, count: int) -> jax.Array:
     """The bucket of every int32 distance, among `count`; the last one holds all beyond it."""
     side = count // 2 if self.signed else count
-    bits = jax.lax.bitcast_convert_type(jnp.abs(distance).astype(jnp.float32), jnp.int32)
+    far = jnp.abs(jnp.maximum(distance, -(2**31 - 1)))  # |-2^31| is no int32.
+    bits = jax.lax.bitcast_convert_type(far.astype(jnp.float32), jnp.int32)
     bucket = jnp.maximum((bits >> (23 - self.bits)) - (127 << self.bits) + 1, 0)
     bucket = jnp.minimum(bucket, side - 1)
     return jnp.where(distance < 0, bucket + side, bucket) if self.signed else bucket

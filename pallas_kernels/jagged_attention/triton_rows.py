@@ -62,9 +62,9 @@ class Rows:
 
 def over(first, last, block: int, body, carry):
   """carry = body(start of a tile, carry) from first to last, which need not divide by `block`."""
-  return jax.lax.fori_loop(
-    0, pl.cdiv(last - first, block), lambda j, c: body(first + j * block, c), carry
-  )
+  # Not pl.cdiv, which mixes int32 and int64 where 64-bit integers are switched on.
+  trips = jax.lax.div(last - first + (block - 1), jnp.int32(block))
+  return jax.lax.fori_loop(jnp.int32(0), trips, lambda j, c: body(first + j * block, c), carry)
 
 
 def biased_score(form: Form, score, tables, head, x_qs, x_ks):

@@ -35,7 +35,7 @@ def _chunks(offsets_S1: jax.Array, T: int) -> tuple[jax.Array, jax.Array]:
   """segment_C, the segment of each chunk (S if it is none), and chunks_S1, offsets of chunks."""
   size = chunk_size(T)
   # An empty segment has a chunk, too: somebody must write its 0.
-  chunks_S = jnp.maximum(pl.cdiv(segments.lengths(offsets_S1), size), 1)
+  chunks_S = jnp.maximum((segments.lengths(offsets_S1) + (size - 1)) // size, 1)
   chunks_S1 = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(chunks_S, dtype=jnp.int32)])
   return segments.segment_of_rows(chunks_S1, len(chunks_S) + T // size), chunks_S1
 
@@ -64,12 +64,13 @@ class _Tile:
     """carry = body(row_R, there_R, carry) over all rows of [begin, end)."""
 
     def trip(i, carry):
-      row_R = begin + i * self.rows + jnp.arange(self.rows)
+      row_R = begin + i * self.rows + jnp.arange(self.rows, dtype=jnp.int32)
       there_R = row_R < end
       return body(jnp.where(there_R, row_R, 0), there_R, carry)
 
-    trips = pl.cdiv(jnp.maximum(end - begin, 0), self.rows)
-    return jax.lax.fori_loop(0, trips, trip, carry)
+    # Not pl.cdiv, which mixes int32 and int64 where 64-bit integers are switched on.
+    trips = jax.lax.div(jnp.maximum(end - begin, 0) + (self.rows - 1), jnp.int32(self.rows))
+    return jax.lax.fori_loop(jnp.int32(0), trips, trip, carry)
 
   def sum(self, begin, end, load):
     zeros_RC = jnp.zeros(self.shape, jnp.float32)

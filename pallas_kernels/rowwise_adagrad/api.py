@@ -39,7 +39,8 @@ def rowwise_adagrad_update(
       v_r += mean_w(g^2)
       w_r -= lr g / (sqrt(v_r / accumulated) + eps)
 
-  Equal ids are summed in a fixed order, without atomics: the same bits in every run. The kernel
+  Equal ids are summed in a fixed order, without atomics: the same bits in every run (but not by
+  "xla" on a GPU, which adds atomically). The kernel
   reads each gradient and reads and writes each named row once, in place where the caller donates
   `table_RW` and `v_R` (otherwise XLA copies them first), and its temporaries follow N W / 64. A run
   of any length is cut into tiles of 128 that are summed side by side, their sums likewise.

@@ -13,6 +13,9 @@ def sorted_runs(row_N: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.
     row_N: int32, the row of each gradient; what is not in [0, rows) is padding.
     rows: Rows of the table, the value of `unique` for padding and beyond the last run.
   """
+  row_N = jnp.asarray(row_N)
+  if row_N.ndim != 1 or row_N.dtype != jnp.int32:
+    raise ValueError(f"sorted_runs: rows must be int32 (N,), are {row_N.dtype} of {row_N.shape}")
   row_N = jnp.where((row_N >= 0) & (row_N < rows), row_N, rows)
   # One key of row and place: XLA sorts plain keys several times as fast as pairs on a CPU, and on
   # a GPU by radix.
