@@ -20,6 +20,8 @@ import jax
 from pallas_kernels.deviceless import ptx
 from pallas_kernels.deviceless.target import OPTIONS, DevicelessError, Target, devices
 
+# Whatever XLA_FLAGS this process has: what is reported is what users get.
+_OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 _TRITON, _MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu_v2"  # Targets of the custom calls.
 
 
@@ -50,7 +52,7 @@ def compile_kernels(fn: Callable[..., Any], args: Sequence[Any], target: Target)
   with tempfile.TemporaryDirectory() as folder:
     dump = Path(folder)
     with _mosaic_dumps_to(dump):
-      compiled = lowered.compile(compiler_options=OPTIONS | {"xla_dump_to": folder})
+      compiled = lowered.compile(compiler_options=OPTIONS | _OPTIMISED | {"xla_dump_to": folder})
     text = compiled.as_text()
     # Two calls of one kernel on equal shapes may be compiled twice.
     return sorted({*_triton(text, dump), *_mosaic(text, dump)})
