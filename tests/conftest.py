@@ -12,6 +12,7 @@ _FLAGS = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = f"{_QUICKLY} {_FLAGS or ''}"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()
@@ -19,3 +20,9 @@ if _FLAGS is None:
   del os.environ["XLA_FLAGS"]
 else:
   os.environ["XLA_FLAGS"] = _FLAGS
+
+
+@pytest.fixture
+def compiled_alike(monkeypatch):
+  """Processes that the test starts give the bits of this one."""
+  monkeypatch.setenv("XLA_FLAGS", _QUICKLY)
