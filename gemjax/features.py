@@ -1,7 +1,8 @@
 """Features: what a column means, and the batch that carries it.
 
 Lies below data and models, so that neither has to know the other. No JAX here.
-Letters: B examples, F dense features, S sparse features, T tasks, E events of one sequence feature.
+Letters: B examples, F dense features, S sparse features, T tasks, E events of one sequence feature
+or history, C columns of a history's events.
 """
 
 from __future__ import annotations
@@ -57,7 +58,31 @@ class Sequence:
   hash_seed: int = 0
 
 
-_KINDS = {"dense": Dense, "sparse": Sparse, "sequence": Sequence}
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EventColumn:
+  """One categorical field of an event (item, action, surface, ..), stored as a row of its table."""
+
+  name: str  # Within its history.
+  size: int
+  table: str  # Shared with the sparse feature of the candidate where both name the same things.
+  encoding: str = "vocabulary"
+  hash_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+  """What a user did, event after event in time order, each of several columns and a time.
+
+  Events are stored once a user; an example sees those strictly before its own time, and of those
+  the last `max_length`, fewer where the config asks for fewer.
+  """
+
+  name: str
+  columns: tuple[EventColumn, ...]
+  max_length: int
+
+
+_KINDS = {"dense": Dense, "sparse": Sparse, "sequence": Sequence, "history": History}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,19 +92,28 @@ class FeatureSet:
   dense: tuple[Dense, ...] = ()
   sparse: tuple[Sparse, ...] = ()
   sequence: tuple[Sequence, ...] = ()
+  history: tuple[History, ...] = ()
   tasks: tuple[str, ...] = ("label",)
   grouped: bool = False  # Whether examples carry a user, so that GAUC is defined.
   vocabularies: str = ""  # Digest of the vocabularies, so that equal sizes with other rows differ.
 
   def __post_init__(self):
-    names = [f.name for f in (*self.dense, *self.sparse, *self.sequence)] + list(self.tasks)
+    single = (*self.dense, *self.sparse, *self.sequence)
+    names = [f.name for f in (*single, *self.history)] + list(self.tasks)
+    for h in self.history:
+      names += [f"{h.name}.{c.name}" for c in h.columns]
+      if not h.columns or h.max_length < 1:
+        raise ValueError(
+          f"history {h.name!r} needs a column and room for an event, has {len(h.columns)} columns "
+          f"and max_length {h.max_length}"
+        )
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
       raise ValueError(f"feature names must be unique, but {twice} appear more than once")
     if not self.tasks:
       raise ValueError("a feature set needs at least one task (label column), but has none")
     sizes: dict[str, tuple[int, str]] = {}
-    for f in (*self.sparse, *self.sequence):
+    for f in self.categorical:
       if f.size < RESERVED:
         raise ValueError(f"feature {f.name!r}: a table has at least {RESERVED} rows, got {f.size}")
       if f.size > MAX_ROWS:
@@ -92,9 +126,15 @@ class FeatureSet:
         )
 
   @property
+  def categorical(self) -> tuple[Sparse | Sequence | EventColumn, ...]:
+    """All that reads rows of tables: sparse and sequence features, then columns of histories."""
+    columns = (column for history in self.history for column in history.columns)
+    return (*self.sparse, *self.sequence, *columns)
+
+  @property
   def tables(self) -> dict[str, int]:
     """Rows of every table, by table name, in order of first use."""
-    return {f.table: f.size for f in (*self.sparse, *self.sequence)}
+    return {f.table: f.size for f in self.categorical}
 
   @property
   def wide(self) -> bool:
@@ -113,7 +153,7 @@ class FeatureSet:
   def from_json(cls, tree: dict[str, Any]) -> FeatureSet:
     """Inverse of `to_json`; raises ValueError naming an entry that is missing or not known."""
     try:
-      kinds = {k: tuple(c(**f) for f in tree[k]) for k, c in _KINDS.items()}
+      kinds = {k: tuple(_spec(c, f) for f in tree[k]) for k, c in _KINDS.items()}
       rest = {k: v for k, v in tree.items() if k not in _KINDS}
       return cls(**kinds, **rest | {"tasks": tuple(tree["tasks"])})
     except (KeyError, TypeError) as error:
@@ -141,6 +181,12 @@ class FeatureSet:
     return None
 
 
+def _spec(kind: type, tree: dict[str, Any]):
+  if kind is History:
+    tree = tree | {"columns": tuple(EventColumn(**c) for c in tree["columns"])}
+  return kind(**tree)
+
+
 class Jagged(NamedTuple):
   """Lists of one batch in N shards of B / N examples, each shard with E / N slots for values.
 
@@ -151,6 +197,18 @@ class Jagged(NamedTuple):
   """
 
   values_E: np.ndarray  # int32 (E,), or uint32 (E, 2) where the feature set is wide
+  lengths_B: np.ndarray  # int32
+
+
+class Events(NamedTuple):
+  """The events of one history for the examples of a batch, laid out in shards as in `Jagged`.
+
+  Oldest first; all of them happened strictly before their example. Slots behind a shard's last
+  event have ids MISSING and age 0.
+  """
+
+  ids_EC: np.ndarray  # int32 (E, C), or uint32 (E, C, 2) where the feature set is wide
+  age_E: np.ndarray  # int32, seconds from the event to its example, at least 1
   lengths_B: np.ndarray  # int32
 
 
@@ -167,6 +225,7 @@ class Batch(NamedTuple):
   group_B: np.ndarray  # int32, the user, or -1 where the data has none
   oracle_BT: np.ndarray  # float32, the true probability where known (simulator), else width 0
   sequences: dict[str, Jagged]
+  histories: dict[str, Events] = {}  # noqa: RUF012 - nobody writes to it.
 
 
 def split_words(ids: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from gemjax.data.blocks import Columns, encode_block
 from gemjax.features import FeatureSet
 
 MANIFEST = "manifest.json"
-VERSION = 2
+VERSION = 3
 BLOCK_SIZE = 4096
 
 
