@@ -1,6 +1,6 @@
 """Typed fields of nested dataclasses: checked, written as JSON, read back, and compared.
 
-A field is a whole number, a number, text, a tuple of whole numbers, a dict from names to numbers
+A field is a whole number, a number, true or false, text, a tuple of whole numbers, a dict from names to numbers
 or text, or another dataclass: one, or where the annotation is a union one of several "kinds".
 """
 
@@ -33,6 +33,7 @@ def _named(value: Any, of) -> bool:
 
 # Annotation: (how its values are called, whether a value is one).
 _PLAIN = {
+  bool: ("true or false", lambda v: isinstance(v, bool)),
   int: ("a whole number", _whole),
   float: ("a number", _number),
   str: ("text", lambda v: isinstance(v, str)),

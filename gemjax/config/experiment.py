@@ -1,25 +1,16 @@
-"""The experiment: nested typed dataclasses, overridden by flags, validated before any work.
-
-`--config=configs/x.py --config.train.seed=2` overrides a field by its path; a misspelt field is an
-error. The classes are mutable for that reason alone: after `validate` nobody writes to them.
-ml_collections reads the annotations as types: no `from __future__ import annotations` here.
-"""
+"""One experiment: data, mesh, tables, a model, optimiser, loop and checkpoints."""
 
 import dataclasses
-import math
 from typing import Any
 
 from gemjax import fields
-from gemjax.fields import ConfigError as ConfigError
+from gemjax.config.laws import one_of, real, widths
+from gemjax.config.models import Fm, Logistic, Model, Wukong, validate_model
 from gemjax.fields import need as _need
 
 # Axes of the device mesh. A batch is split over both; parameters and tables are sharded over
 # `model` and replicated over `data`.
 DATA, MODEL = "data", "model"
-
-
-def _real(value: float, low: float = 0.0, high: float = math.inf) -> bool:
-  return math.isfinite(value) and low <= value <= high
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -28,6 +19,7 @@ class Data:
   batch_size: int = 4096
   eval_batch_size: int = 8192
   window_blocks: int = 16  # Blocks shuffled together: 16 * 4,096 = 65,536 examples.
+  history: int = 0  # Latest events of a history that a model sees; 0: as many as the data keep.
   demo_examples: int = 1_000_000  # Of the simulator, all splits together.
 
 
@@ -67,66 +59,6 @@ class Embedding:
   # Both shrink every row at every step, looked up or not; at most one is positive.
   weight_decay: float = 0.0  # Decoupled: w <- (1 - lr * weight_decay) w.
   l2: float = 0.0  # Of l2 |w|^2 / 2, preconditioned: w <- w exp(-lr * l2 / (sqrt(v) + eps)).
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Wukong:
-  """Wukong (arXiv 2403.02545); see gemjax/models/wukong.py."""
-
-  layers: int = 3
-  fmb_units: int = 16  # n_F
-  lcb_units: int = 16  # n_L
-  rank: int = 8  # k
-  fm: str = "optimised"  # basic | optimised | attentive
-  mlp: tuple[int, ...] = (256,)
-  head: tuple[int, ...] = (128,)
-  dropout: float = 0.0  # Of hidden activations.
-  feature_dropout: float = 0.0  # Of whole units of the input.
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Logistic:
-  """Logistic regression; set embedding.dim to the number of tasks."""
-
-  feature_dropout: float = 0.0
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Fm:
-  """Factorisation machine; the first `tasks` columns of a row are its linear weights."""
-
-  feature_dropout: float = 0.0
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Dlrm:
-  """DLRM: pairwise dot products beside the dense unit, then an MLP."""
-
-  head: tuple[int, ...] = (256, 128)
-  dropout: float = 0.0
-  feature_dropout: float = 0.0
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Dcnv2:
-  """DCN-V2, the parallel structure: cross layers beside an MLP."""
-
-  layers: int = 3
-  mlp: tuple[int, ...] = (256, 128)
-  dropout: float = 0.0
-  feature_dropout: float = 0.0
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Mlp:
-  """A plain deep network on the concatenated units (DNN of the BARS tables)."""
-
-  head: tuple[int, ...] = (256, 128)
-  dropout: float = 0.0
-  feature_dropout: float = 0.0
-
-
-Model = Wukong | Logistic | Fm | Dlrm | Dcnv2 | Mlp
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -202,6 +134,7 @@ class Config:
       all(u > 0 for u in emb.units.values()),
       "embedding.units", emb.units, "a positive whole number for every feature",
     )  # fmt: skip
+    _need(data.history >= 0, "data.history", data.history, "at least 0")
     for axis in (DATA, MODEL):
       size = getattr(self.mesh, axis)
       _need(size >= 0, f"mesh.{axis}", size, "at least 0")
@@ -212,13 +145,13 @@ class Config:
     )  # fmt: skip
     for name in ("column_width", "average_every"):
       _need(getattr(emb, name) > 0, f"embedding.{name}", getattr(emb, name), "positive")
-    _one_of(emb.replicas, "embedding.replicas", "exact", "average")
+    one_of(emb.replicas, "embedding.replicas", "exact", "average")
     law = "positive where embedding.replicas is 'average', whose step depends on it"
     _need(emb.replicas == "exact" or self.mesh.data, "mesh.data", self.mesh.data, law)
-    _widths(emb.dense_mlp, "embedding.dense_mlp")
+    widths(emb.dense_mlp, "embedding.dense_mlp")
     for name in ("init_scale", "learning_rate", "eps", "weight_decay", "l2"):
       value = getattr(emb, name)
-      _need(_real(value), f"embedding.{name}", value, "a finite number of at least 0")
+      _need(real(value), f"embedding.{name}", value, "a finite number of at least 0")
     _need(emb.eps > 0 or emb.optimizer == "sgd", "embedding.eps", emb.eps, "positive")
     if isinstance(self.model, Logistic | Fm):  # A small table would pass an MLP.
       law = "0 for a linear model"
@@ -229,52 +162,29 @@ class Config:
     _need(
       decay < 1, "embedding.weight_decay", emb.weight_decay, "below 1 / embedding.learning_rate"
     )
-    _one_of(emb.dtype, "embedding.dtype", "float32", "bfloat16")
-    _one_of(emb.optimizer, "embedding.optimizer", "rowwise_adagrad", "adagrad", "sgd", "lazy_adam")
-    _validate_model(self.model)
+    one_of(emb.dtype, "embedding.dtype", "float32", "bfloat16")
+    one_of(emb.optimizer, "embedding.optimizer", "rowwise_adagrad", "adagrad", "sgd", "lazy_adam")
+    validate_model(self.model)
     for name in ("learning_rate", "clip_norm", "l2"):
       value = getattr(opt, name)
-      _need(_real(value), f"optimizer.{name}", value, "a finite number of at least 0")
-    _need(_real(opt.warmup, high=1.0), "optimizer.warmup", opt.warmup, "a share of steps in [0, 1]")
-    _one_of(opt.schedule, "optimizer.schedule", "constant", "linear", "cosine")
+      _need(real(value), f"optimizer.{name}", value, "a finite number of at least 0")
+    _need(real(opt.warmup, high=1.0), "optimizer.warmup", opt.warmup, "a share of steps in [0, 1]")
+    one_of(opt.schedule, "optimizer.schedule", "constant", "linear", "cosine")
     _need(train.steps >= 0, "train.steps", train.steps, "at least 0")
-    positive = train.steps or (_real(train.epochs) and train.epochs)
+    positive = train.steps or (real(train.epochs) and train.epochs)
     _need(positive, "train.epochs", train.epochs, "a finite number above 0")
     _need(
-      all(_real(w) for w in train.task_weights.values()),
+      all(real(w) for w in train.task_weights.values()),
       "train.task_weights", train.task_weights, "a finite number of at least 0 for every task",
     )  # fmt: skip
-    _need(_real(train.eval_every), "train.eval_every", train.eval_every, "at least 0")
+    _need(real(train.eval_every), "train.eval_every", train.eval_every, "at least 0")
     _need(0 <= train.seed < 2**31, "train.seed", train.seed, "in [0, 2^31)")
     _need(train.log_every > 0, "train.log_every", train.log_every, "positive")
     _need(train.patience >= 0, "train.patience", train.patience, "at least 0")
-    _one_of(train.dtype, "train.dtype", "float32", "bfloat16")
-    _one_of(train.stop_metric, "train.stop_metric", "auc", "gauc", "ne", "log_loss")
+    one_of(train.dtype, "train.dtype", "float32", "bfloat16")
+    one_of(train.stop_metric, "train.stop_metric", "auc", "gauc", "ne", "log_loss")
     _need(self.checkpoint.every >= 0, "checkpoint.every", self.checkpoint.every, "at least 0")
     _need(self.checkpoint.keep >= 1, "checkpoint.keep", self.checkpoint.keep, "at least 1")
-
-
-def _one_of(value: str, field: str, *allowed: str) -> None:
-  _need(value in allowed, field, value, f"one of {', '.join(allowed)}")
-
-
-def _widths(value: tuple[int, ...], field: str) -> None:
-  _need(all(v > 0 for v in value), field, value, "a tuple of positive widths")
-
-
-def _validate_model(model: Model) -> None:
-  for field in dataclasses.fields(model):
-    name, value = f"model.{field.name}", getattr(model, field.name)
-    if field.name in ("mlp", "head"):
-      _widths(value, name)
-      empty = isinstance(model, Dcnv2) and not value
-      _need(not empty, name, value, "a tuple of at least one width")
-    elif field.name.endswith("dropout"):
-      _need(_real(value) and value < 1, name, value, "in [0, 1)")
-    elif field.name == "fm":
-      _one_of(value, name, "basic", "optimised", "attentive")
-    else:
-      _need(value > 0, name, value, "positive")
 
 
 # Fields that may change between the start of a run and its resumption: they move no weight, the
