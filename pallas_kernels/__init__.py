@@ -21,6 +21,7 @@ from pallas_kernels.jagged_attention.bias import RelativeBias as RelativeBias
 from pallas_kernels.jagged_concat.api import jagged_concat as jagged_concat
 from pallas_kernels.jagged_dense.api import dense_to_jagged as dense_to_jagged
 from pallas_kernels.jagged_dense.api import jagged_to_dense as jagged_to_dense
+from pallas_kernels.jagged_matmul.api import jagged_matmul as jagged_matmul
 from pallas_kernels.jagged_pool.api import jagged_pool as jagged_pool
 from pallas_kernels.quantize_fp8.api import dequantize_fp8 as dequantize_fp8
 from pallas_kernels.quantize_fp8.api import quantize_fp8 as quantize_fp8

@@ -1,0 +1,1 @@
+"""Rows times the matrix of their segment."""
