@@ -18,6 +18,9 @@ MISSING = 0
 UNKNOWN = 1
 RESERVED = 2
 
+# Of the capacities of histories: shards that are balanced need little more than their mean.
+HISTORY_STEPS = 16
+
 MAX_ROWS = 2**40  # Of a table: with 256 numbers in bf16 each, they fill 7000 GPUs of 80 GB.
 
 
@@ -238,9 +241,13 @@ def split_words(ids: np.ndarray) -> np.ndarray:
   return ids[..., None].view("<u4")
 
 
-def event_capacity(events: int) -> int:
-  """Smallest of 64, 96, 128, 192, 256, ... (2^k and 1.5 * 2^k) that holds `events`."""
-  capacity = 64
-  while capacity < events:
-    capacity = capacity * 3 // 2 if capacity & (capacity - 1) == 0 else capacity * 4 // 3
-  return capacity
+def event_capacity(events: int, *, steps: int = 2) -> int:
+  """Smallest of 64 2^k (1 + i / steps), i = 0 .. steps - 1, that holds `events`.
+
+  With two steps an octave: 64, 96, 128, 192, 256, ...
+  """
+  if events <= 64:
+    return 64
+  octave = 1 << ((events - 1).bit_length() - 1)  # 64 2^k, below `events`.
+  step = octave // steps
+  return octave + -(-(events - octave) // step) * step

@@ -11,6 +11,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from gemjax.data.blocks import Columns, CorruptBlockError, decode_block
+from gemjax.data.histories import Store
 from gemjax.data.prepared import PreparedData
 from gemjax.features import FeatureSet
 
@@ -26,9 +27,10 @@ class BlockReader:
     self._counts = [len(blocks) for blocks in found.blocks]
     self._open = threading.local()  # An ArrayRecordReader seeks and reads: one a thread.
     self.sizes = np.array([n for blocks in found.blocks for n in blocks])
+    self.stores = [Store(data.path, h, data.histories[h.name]) for h in data.features.history]
 
   def read(self, block: int) -> Columns:
-    """Columns `dense`, `ids`, `label`, `group`, `oracle` and the jagged ones of a checked block.
+    """Columns `dense`, `ids`, `label`, `group`, `oracle`, the jagged ones and those of histories.
 
     Raises CorruptBlockError, which names file and block, for a block that cannot be read, that
     does not fit the manifest or the feature set, or that holds a value no model can take.
@@ -48,7 +50,7 @@ class BlockReader:
         f"{source}: column 'label' holds {len(columns.get('label', ()))} examples, but the "
         f"manifest says {n}; prepare again"
       )
-    return check_block(columns, self._features, source)
+    return check_block(columns, self._features, self.stores, source)
 
   def _reader(self, file: int) -> ArrayRecordReader:
     readers = self._open.__dict__
@@ -66,7 +68,9 @@ class BlockReader:
     return readers[file]
 
 
-def check_block(columns: Columns, features: FeatureSet, source: str) -> Columns:
+def check_block(
+  columns: Columns, features: FeatureSet, stores: list[Store], source: str
+) -> Columns:
   """`columns` with absent optional ones filled in, after checking shapes, dtypes and values."""
   n = len(columns["label"])
   wanted = {
@@ -129,4 +133,14 @@ def check_block(columns: Columns, features: FeatureSet, source: str) -> Columns:
     if (longest := lengths.max(initial=0)) > f.max_length:
       raise bad(f"sequence {f.name!r}", f"{longest} events, but max_length is {f.max_length}")
     check_ids(values[:, None], (f,))
+  for store in stores:
+    name = store.history.name
+    parts = ("time", f"{name}.start", f"{name}.stop")
+    for part in parts:
+      found = (columns[part].shape, columns[part].dtype) if part in columns else "absent"
+      if found != ((n,), np.int64):
+        raise bad(f"history {name!r}", f"column {part!r} is {found}, but must be {n} int64")
+    time_B, start_B, stop_B = (columns[part] for part in parts)
+    if wrong := store.check(start_B, stop_B, time_B):
+      raise bad(f"history {name!r}, example {wrong[0]}", wrong[1])
   return columns

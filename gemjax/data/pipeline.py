@@ -8,28 +8,37 @@ them is as large as any other. The only state is therefore the number of the nex
 process p of P takes rows [p B / P, (p + 1) B / P) of the same batches, however many processes ran
 before. B and the seed must be those of the run that is resumed. The batch is made for a mesh of N
 devices, the shards: shard s is rows [s B / N, (s + 1) B / N), with its events packed by itself.
+
+With a `cost`, the examples of a window are dealt to its batches so that all cost alike, and those
+of a batch to its halves, quarters and so on (balance.py): still a permutation of the window, and
+still of (seed, epoch, window) and B alone, so that neither processes nor devices change a batch.
+Slots for events are those of the costliest shard among the batches of the first window, and a
+margin, unless a batch needs more: one program, as a rule.
 """
 
 from __future__ import annotations
 
-import collections
 import itertools
 import sys
-import threading
-from collections.abc import Callable, Hashable
-from concurrent import futures
-from typing import Any
+from collections.abc import Callable
 
 import grain
 import numpy as np
 
+from gemjax.data.balance import groups, halves
 from gemjax.data.block_reader import BlockReader
 from gemjax.data.blocks import Columns
+from gemjax.data.packing import make_batch, most_events
 from gemjax.data.prepared import PreparedData, concatenate, examples, take
-from gemjax.features import MISSING, Batch, Jagged, event_capacity, split_words
+from gemjax.data.recent import Recent
+from gemjax.features import HISTORY_STEPS, Batch, event_capacity
 
 # Batches in flight touch the window that ends and the one that begins; the third is slack.
 RECENT_WINDOWS = 3
+MARGIN = 0.03  # Share of slots beyond what the first window needs: later windows differ a little.
+
+# Events that each example sees, by history, to what each example costs.
+Cost = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
 class BatchSizeError(ValueError):
@@ -46,10 +55,16 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   shards: int = 1,
+  history_length: int = 0,
+  cost: Cost | None = None,
   threads: int = 2,
   prefetch: int = 8,
 ) -> grain.IterDataset[Batch]:
   """The endless shuffled stream of `split`, in batches of exactly `batch_size / process_count`.
+
+  An example sees the last `history_length` events of each history, but no more than the history's
+  `max_length` (0: so many). `cost` says what an example costs with so many events of each
+  history; it decides which examples share a batch and a shard, so that all cost nearly alike.
 
   `shards` counts the devices of all processes together. `iter()` of it has `get_state()` and
   `set_state()`; memory is about 3 windows of `window_blocks` blocks and `prefetch` batches. Raises
@@ -57,7 +72,16 @@ def train_batches(
   these not by the processes.
   """
   batches = Batches(
-    data, split, batch_size, seed, window_blocks, process_index, process_count, shards
+    data,
+    split,
+    batch_size,
+    seed,
+    window_blocks,
+    process_index,
+    process_count,
+    shards,
+    history_length,
+    cost,
   )
   return batches.to_iter_dataset(_read_options(threads, prefetch))
 
@@ -70,6 +94,7 @@ def evaluation_batches(
   process_index: int = 0,
   process_count: int = 1,
   shards: int = 1,
+  history_length: int = 0,
   threads: int = 2,
   prefetch: int = 8,
 ) -> grain.IterDataset[Batch]:
@@ -77,7 +102,9 @@ def evaluation_batches(
 
   All processes get the same number of batches, ceil(examples / batch_size).
   """
-  batches = Batches(data, split, batch_size, None, 1, process_index, process_count, shards)
+  batches = Batches(
+    data, split, batch_size, None, 1, process_index, process_count, shards, history_length
+  )
   return batches.to_iter_dataset(_read_options(threads, prefetch))
 
 
@@ -97,6 +124,8 @@ class Batches(grain.MapDataset[Batch]):
     process_index: int = 0,
     process_count: int = 1,
     shards: int = 1,
+    history_length: int = 0,
+    cost: Cost | None = None,
   ):
     super().__init__()
     self._reader = BlockReader(data, split)
@@ -107,6 +136,8 @@ class Batches(grain.MapDataset[Batch]):
       raise ValueError(
         f"batch_size and window_blocks must be at least 1, got {batch_size} and {window_blocks}"
       )
+    if history_length < 0:
+      raise ValueError(f"history_length must be 0 (all) or more, got {history_length}")
     if not 0 <= process_index < process_count:
       raise ValueError(f"process_index {process_index} must be in [0, {process_count})")
     if shards < 1 or shards % process_count:
@@ -127,9 +158,15 @@ class Batches(grain.MapDataset[Batch]):
       )
     self._rows = batch_size // process_count
     self._first_row = process_index * self._rows
-    self._shards = shards // process_count  # Of this process.
-    self._epochs = _Recent(self._make_epoch, 2)
-    self._windows = _Recent(self._make_window, RECENT_WINDOWS)
+    self._shards = shards  # Of all processes.
+    self._own_shards = shards // process_count
+    self._cost = cost
+    self._longest = {
+      f.name: min(history_length or f.max_length, f.max_length) for f in data.features.history
+    }
+    self._room = Recent(self._make_room, 1)
+    self._epochs = Recent(self._make_epoch, 2)
+    self._windows = Recent(self._make_window, RECENT_WINDOWS)
 
   def __len__(self) -> int:
     return sys.maxsize if self._seed is not None else -(-self._examples // self._batch_size)
@@ -137,9 +174,28 @@ class Batches(grain.MapDataset[Batch]):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return self.slice(index)
+    room = self._room(None)  # First of all: it may push windows out that this batch needs.
+    runs, order = self._examples_of(index)
+    events = self._events(runs, order)
+    capacities = {f.name: event_capacity(events[f.name]) for f in self._features.sequence}
+    for name, least in room.items():
+      capacities[name] = event_capacity(max(events[name], least), steps=HISTORY_STEPS)
+    return make_batch(
+      self._own(runs, order),
+      self._features,
+      self._reader.stores,
+      rows=self._rows,
+      shards=self._own_shards,
+      capacities=capacities,
+    )
+
+  def _examples_of(self, index: int) -> tuple[list[tuple[Columns, np.ndarray]], np.ndarray]:
+    """The runs of batch `index`, and which of their examples is at each of its places."""
     first = index % len(self) * self._batch_size
     runs = list(self._runs(first, first + self._batch_size))
-    return self._batch(self._own(runs), self._capacities(runs))
+    if self._cost is None:
+      return runs, np.arange(sum(len(rows) for _, rows in runs))
+    return runs, halves(np.concatenate([columns["cost"][rows] for columns, rows in runs]))
 
   def _runs(self, first: int, stop: int):
     """Yields (window, its rows) that hold positions [first, stop) of the stream, in order."""
@@ -167,92 +223,58 @@ class Batches(grain.MapDataset[Batch]):
     epoch, w = key
     blocks = self._epochs(epoch)[0][w * self._window_blocks : (w + 1) * self._window_blocks]
     columns = concatenate([self._reader.read(b) for b in blocks])
+    for name, longest in self._longest.items():
+      past_n = columns[f"{name}.stop"] - columns[f"{name}.start"]
+      columns[f"{name}.lengths"] = np.minimum(past_n, longest).astype(np.int32)
     n = examples(columns)
-    order = np.arange(n) if self._seed is None else self._random(epoch, w + 1).permutation(n)
-    return columns, order
+    if self._seed is None:
+      return columns, np.arange(n)
+    rng = self._random(epoch, w + 1)
+    if self._cost is None:
+      return columns, rng.permutation(n)
+    lengths = {name: columns[f"{name}.lengths"] for name in self._longest}
+    columns["cost"] = np.asarray(self._cost(lengths), np.float64)
+    first = epoch * self._examples + int(self._epochs(epoch)[1][w])  # Of the stream.
+    borders = range((first // self._batch_size + 1) * self._batch_size, first + n, self._batch_size)
+    return columns, groups(columns["cost"], np.diff([first, *borders, first + n]), rng)
 
   def _random(self, epoch: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([self._seed, epoch, stream])
 
-  def _own(self, runs: list[tuple[Columns, np.ndarray]]) -> Columns:
+  def _own(self, runs: list[tuple[Columns, np.ndarray]], order: np.ndarray) -> Columns:
     """The rows of this process."""
+    order = order[self._first_row : self._first_row + self._rows]
     starts = itertools.accumulate((len(rows) for _, rows in runs), initial=0)
-    parts = []
+    parts, places = [], []
     for (columns, rows), start in zip(runs, starts):
-      low, high = (max(0, r - start) for r in (self._first_row, self._first_row + self._rows))
-      if len(rows[low:high]) or not parts:  # No part may have a row: all of ours are padding.
-        parts.append(take(columns, rows[low:high]))
-    return concatenate(parts) if len(parts) > 1 else parts[0]
+      place = np.flatnonzero((order >= start) & (order < start + len(rows)))
+      if len(place) or not parts:  # No part may have a row: all of ours are padding.
+        parts.append(take(columns, rows[order[place] - start]))
+        places.append(place)
+    whole = concatenate(parts) if len(parts) > 1 else parts[0]
+    back = np.argsort(np.concatenate(places))
+    return whole if (np.diff(back) == 1).all() else take(whole, back)
 
-  def _capacities(self, runs: list[tuple[Columns, np.ndarray]]) -> dict[str, int]:
-    """Slots a shard: for the shard with the most events of the whole batch, so that the shards of
-    all processes run one program.
+  def _events(self, runs: list[tuple[Columns, np.ndarray]], order: np.ndarray) -> dict[str, int]:
+    """Most events of a shard, of all shards of the whole batch, so that the shards of all
+    processes run one program.
     """
     out = {}
-    for f in self._features.sequence:
-      lengths_B = np.concatenate([c[f"{f.name}.lengths"][rows] for c, rows in runs])
-      rows = self._rows // self._shards
-      events_N = _pad(lengths_B, self._batch_size).reshape(-1, rows).sum(1)
-      out[f.name] = event_capacity(int(events_N.max()))
+    for name in [f.name for f in self._features.sequence] + list(self._longest):
+      lengths_B = np.concatenate([columns[f"{name}.lengths"][rows] for columns, rows in runs])
+      out[name] = most_events(lengths_B[order], self._batch_size, self._shards)
     return out
 
-  def _batch(self, columns: Columns, capacities: dict[str, int]) -> Batch:
-    rows, words = self._rows, split_words if self._features.wide else lambda ids: ids
-    sequences = {}
-    for name, capacity in capacities.items():
-      lengths_B = _pad(columns[f"{name}.lengths"], rows)
-      values_E = _pack(columns[f"{name}.values"], lengths_B, self._shards, capacity)
-      sequences[name] = Jagged(values_E=words(values_E), lengths_B=lengths_B)
-    return Batch(
-      dense_BF=_pad(columns["dense"], rows),
-      ids_BS=words(_pad(columns["ids"], rows)),  # Filled up with 0, which is MISSING.
-      label_BT=_pad(columns["label"].astype(np.float32), rows),
-      weight_B=_pad(np.ones(examples(columns), np.float32), rows),
-      group_B=_pad(columns["group"], rows, fill=-1),
-      oracle_BT=_pad(columns["oracle"], rows),
-      sequences=sequences,
-    )
-
-
-class _Recent:
-  """The last few results of `make`, each made once even where many threads ask for it at once."""
-
-  def __init__(self, make: Callable[[Any], Any], size: int):
-    self._make, self._size = make, size
-    self._lock = threading.Lock()
-    self._results: collections.OrderedDict[Hashable, futures.Future] = collections.OrderedDict()
-
-  def __call__(self, key: Hashable) -> Any:
-    with self._lock:
-      found = self._results.get(key)
-      result = self._results[key] = found or futures.Future()
-      self._results.move_to_end(key)
-      if len(self._results) > self._size:
-        self._results.popitem(last=False)
-    if found is None:
-      try:
-        result.set_result(self._make(key))
-      except BaseException as error:
-        result.set_exception(error)  # Those who wait must not wait for ever.
-    return result.result()
-
-
-def _pad(x: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
-  """`x` with rows of `fill` behind it."""
-  if len(x) == rows:
-    return x
-  out = np.full((rows, *x.shape[1:]), fill, x.dtype)
-  out[: len(x)] = x
-  return out
-
-
-def _pack(values: np.ndarray, lengths_B: np.ndarray, shards: int, capacity: int) -> np.ndarray:
-  """The values shard after shard, each at the front of its own `capacity` slots."""
-  out = np.full((shards, capacity), MISSING, values.dtype)
-  ends = np.cumsum(lengths_B.reshape(shards, -1).sum(1))
-  for slots, part in zip(out, np.split(values, ends[:-1])):
-    slots[: len(part)] = part
-  return out.reshape(-1)
+  def _make_room(self, _) -> dict[str, int]:
+    """Events of each history that a shard has room for, whatever its batch."""
+    if not self._longest:
+      return {}
+    count, margin = len(self), 0.0  # Evaluation sees what is measured here.
+    if self._seed is not None:
+      count, margin = max(1, int(self._epochs(0)[1][1]) // self._batch_size), MARGIN
+    most = [self._events(*self._examples_of(t)) for t in range(count)]
+    events = {name: max(m[name] for m in most) for name in self._longest}
+    return {name: n + int(n * margin) for name, n in events.items()}
 
 
 def _read_options(threads: int, prefetch: int) -> grain.ReadOptions:

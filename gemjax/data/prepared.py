@@ -2,6 +2,7 @@
 
   DIR/manifest.json          feature set, files and examples per block of every split
   DIR/<split>-00000.array_record
+  DIR/<history>.*.npy        events of all users; see histories.py
   DIR/vocabularies.json      written by the fitting code, for people and for serving
 
 The folder appears whole or not at all: it is written beside its place and renamed at the end.
@@ -23,7 +24,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gemjax.data.blocks import Columns, encode_block
-from gemjax.features import FeatureSet
+from gemjax.data.histories import Stored, check_history, write_history
+from gemjax.features import FeatureSet, History
 
 MANIFEST = "manifest.json"
 VERSION = 3
@@ -40,7 +42,7 @@ class Split:
 
   files: tuple[str, ...]
   blocks: tuple[tuple[int, ...], ...]  # Per file, the examples of each block.
-  digest: int  # CRC32 of all its blocks: tells this data from other data with equal features.
+  digest: int  # CRC32 of all its blocks and histories: tells other data with equal features.
 
   @property
   def examples(self) -> int:
@@ -54,6 +56,7 @@ class PreparedData:
   path: pathlib.Path
   features: FeatureSet
   splits: dict[str, Split]
+  histories: dict[str, Stored]
   origin: dict[str, Any]  # Data set name, options and notes of the preparation, for people.
 
   def split(self, name: str) -> Split:
@@ -66,7 +69,9 @@ class PreparedData:
 
 
 def open_prepared(path: str | os.PathLike) -> PreparedData:
-  """Reads the manifest of `path` and checks that every file it names is there."""
+  """Reads the manifest of `path` and checks that every file it names is there, and that histories
+  are whole.
+  """
   path = pathlib.Path(path)
   file = path / MANIFEST
   if not file.is_file():
@@ -87,6 +92,12 @@ def open_prepared(path: str | os.PathLike) -> PreparedData:
       )
       for name, s in tree["splits"].items()
     }
+    histories = {
+      f.name: Stored(
+        users=h["users"], events=h["events"], files={n: (b, c) for n, (b, c) in h["files"].items()}
+      )
+      for f, h in ((f, tree["histories"][f.name]) for f in features.history)
+    }
   except PreparedDataError:
     raise
   except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -95,7 +106,15 @@ def open_prepared(path: str | os.PathLike) -> PreparedData:
     for name in split.files:
       if not (path / name).is_file():
         raise PreparedDataError(f"{path / name} is missing, but {file} names it; prepare again")
-  return PreparedData(path=path, features=features, splits=splits, origin=tree.get("origin", {}))
+  for stored in histories.values():
+    check_history(path, stored)
+  return PreparedData(
+    path=path,
+    features=features,
+    splits=splits,
+    histories=histories,
+    origin=tree.get("origin", {}),
+  )
 
 
 class PreparedWriter:
@@ -106,7 +125,8 @@ class PreparedWriter:
   Columns of `add`, each with one entry an example (n of them): `dense` (n, F) float32, `ids`
   (n, S) int32, `label` (n, T) uint8, and where the data has them `group` (n,) int32, `oracle`
   (n, T) float32; `<name>.values` and `<name>.lengths` int32 for every sequence feature. Ids and
-  values are int64 where the feature set is wide.
+  values are int64 where the feature set is wide. With histories `time` (n,) int64 in seconds, and
+  `<name>.start` and `<name>.stop` (n,) int64 for each, which `add_history` stores.
   """
 
   def __init__(self, path: str | os.PathLike, *, block_size: int = BLOCK_SIZE):
@@ -117,6 +137,7 @@ class PreparedWriter:
     self._writers: dict[str, ArrayRecordWriter] = {}
     self._blocks: dict[str, list[int]] = {}
     self._digests: dict[str, int] = {}
+    self._histories: dict[str, Stored] = {}
     if self._path.exists() and any(self._path.iterdir()):
       raise PreparedDataError(f"{self._path} exists and is not empty; name another output folder")
 
@@ -144,6 +165,16 @@ class PreparedWriter:
         self._write(split, take(whole, slice(start, start + self._block_size)))
       self._pending[split] = [take(whole, slice(n, None))]
 
+  def add_history(
+    self,
+    history: History,
+    ids: dict[str, np.ndarray],
+    time_E: np.ndarray,
+    offsets_U1: np.ndarray,
+  ) -> None:
+    """Stores the events of all users; arguments and errors are those of `write_history`."""
+    self._histories[history.name] = write_history(self._partial, history, ids, time_E, offsets_U1)
+
   def finish(
     self, features: FeatureSet, *, vocabularies: dict[str, list] | None = None, origin: dict
   ) -> PreparedData:
@@ -156,15 +187,18 @@ class PreparedWriter:
       with self._failing(split):
         writer.close()
     self._verify()  # A closed writer always says it is not ok: only the records tell.
+    histories = {name: dataclasses.asdict(h) for name, h in self._histories.items()}
+    past = json.dumps(histories).encode() if histories else b""
     splits = {
-      s: {"files": [_file(s)], "blocks": [b], "digest": self._digests[s]}
+      s: {"files": [_file(s)], "blocks": [b], "digest": zlib.crc32(past, self._digests[s])}
       for s, b in self._blocks.items()
       if b
     }
     if vocabularies is not None:
       (self._partial / "vocabularies.json").write_text(json.dumps(vocabularies))
     manifest = {"version": VERSION, "features": features.to_json(), "splits": splits}
-    text = json.dumps(manifest | {"origin": origin}, indent=1)
+    manifest |= {"histories": histories, "origin": origin}
+    text = json.dumps(manifest, indent=1)
     (self._partial / MANIFEST).write_text(text)
     if self._path.exists():
       self._path.rmdir()

@@ -50,7 +50,7 @@ def test_the_devices_share_out_the_same_batches(data, shards, processes):
     for name in ("h", "g"):  # They compile one program.
       assert len({p.sequences[name].values_E.shape for p in parts}) == 1
     joined = join(parts)
-    assert_equal(joined[:-1], expected[:-1])
+    assert_equal(joined[:6], expected[:6])  # Without what is packed.
     assert_packed(joined, expected.ids_BS[:, 0].tolist(), shards)
   # The case holds shards without an event beside shards with many.
   slots = [b.sequences["g"].values_E.reshape(shards // processes, -1) for b in shared[0]]

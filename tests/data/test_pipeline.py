@@ -28,7 +28,9 @@ def test_columns_stay_together(data):
   for batch in stream(data, 25, batch_size=90, window_blocks=2):
     assert_examples(batch, batch.ids_BS[:, 0].tolist())
     assert (batch.weight_B == 1).all()
-    dtypes = {name: x.dtype for name, x in batch._asdict().items() if name != "sequences"}
+    dtypes = {
+      name: x.dtype for name, x in batch._asdict().items() if name not in ("sequences", "histories")
+    }
     ints = {"ids_BS", "group_B"}
     assert dtypes == {n: np.dtype("i4" if n in ints else "f4") for n in dtypes}
     for jagged in batch.sequences.values():

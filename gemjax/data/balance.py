@@ -1,0 +1,60 @@
+"""Balance: which examples share a batch, and which a device, decided by what they cost.
+
+`groups` deals the examples of a window to its batches, `halves` those of a batch to its halves,
+quarters and so on, so that every power of two of devices gets parts of nearly equal cost and the
+stream does not depend on the mesh. Both deal from the costliest example down, and give the
+costlier of those dealt together to the group that has least so far: what the heavy ones leave
+uneven, the many light ones even out.
+
+Letters: n examples, G groups.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def groups(cost_n: np.ndarray, sizes_G: list[int], rng: np.random.Generator) -> np.ndarray:
+  """An order of the examples in which the first sizes[0], the next sizes[1], .. cost alike.
+
+  Every row of the deal has one example for each group, for a group of a fraction of the largest
+  size only in that fraction of the rows, and has examples of like cost. Every other row is dealt
+  at random, so that one window gives new groups in every epoch.
+  """
+  sizes_G = np.asarray(sizes_G)
+  shuffled_n = rng.permutation(len(cost_n))  # Equal costs come in any order.
+  falling_n = shuffled_n[np.argsort(-cost_n[shuffled_n], kind="stable")]
+  group_n = np.empty(len(cost_n), np.int64)
+  excess_G = np.zeros(len(sizes_G))  # Cost above the mean of the rows in which a group took part.
+  rows, first = int(sizes_G.max()), 0
+  for r in range(rows):
+    dealt = np.flatnonzero(sizes_G * (r + 1) // rows > sizes_G * r // rows)
+    rng.shuffle(dealt)
+    if r % 2:
+      dealt = dealt[np.argsort(excess_G[dealt], kind="stable")]
+    row = falling_n[first : first + len(dealt)]
+    group_n[row] = dealt
+    excess_G[dealt] += cost_n[row] - cost_n[row].mean()
+    first += len(dealt)
+  # Within a group in random order.
+  return shuffled_n[np.argsort(group_n[shuffled_n], kind="stable")]
+
+
+def halves(cost_n: np.ndarray) -> np.ndarray:
+  """An order in which both halves cost alike, and both halves of each, while they are even."""
+  parts = np.argsort(-cost_n, kind="stable")[None]  # (parts, examples), each from the costliest.
+  while parts.shape[1] % 2 == 0:
+    heavy, light = parts[:, ::2], parts[:, 1::2]
+    left = np.array([_left(gaps) for gaps in (cost_n[heavy] - cost_n[light]).tolist()])
+    split = np.stack([np.where(left, heavy, light), np.where(left, light, heavy)], 1)
+    parts = split.reshape(-1, split.shape[2])
+  return parts.reshape(-1)
+
+
+def _left(gaps: list[float]) -> list[bool]:
+  """Whether the heavier of each pair goes to the left half: where the left one is not ahead."""
+  ahead, out = 0.0, []
+  for gap in gaps:
+    out.append(ahead <= 0)
+    ahead += gap if ahead <= 0 else -gap
+  return out
