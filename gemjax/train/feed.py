@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from gemjax.features import Batch, Jagged
+from gemjax.features import Batch, Events, Jagged
 from gemjax.parallel.arrays import to_devices
 
 
 class Feed:
   """`upcoming` is the batch that `advance` returns; both are global arrays.
 
-  The event capacity of a sequence never shrinks, so that few programs are compiled: one for each
-  new capacity, and one for the step in which it grows.
+  The event capacity of a sequence or history never shrinks, so that few programs are compiled: one
+  for each new capacity, and one for the step in which it grows.
 
   Args:
     batches: This process' batches, with `get_state` and `set_state`.
@@ -31,6 +31,8 @@ class Feed:
     self._batches, self._mesh = batches, mesh
     self._shards = len(mesh.local_devices)
     self._capacities: dict[str, int] = {}
+    self._seen: set[tuple[tuple[str, int], ...]] = set()
+    self._used = self._room = 0  # Slots of histories since `padding` was last asked for.
     self._position: Any = None
     self._upcoming: Batch | None = None
 
@@ -55,13 +57,36 @@ class Feed:
     self._batches.set_state(state)
     self._upcoming = None
 
+  @property
+  def programs(self) -> int:
+    """How many shapes the batches had so far: more than one says that capacities grew."""
+    return len(self._seen)
+
+  def padding(self) -> float:
+    """Share of this process' event slots of histories that no event filled, since the last call."""
+    share = 1 - self._used / self._room if self._room else 0.0
+    self._used = self._room = 0
+    return share
+
   def _grown(self, batch: Batch) -> Batch:
-    sequences = {}
-    for name, jagged in batch.sequences.items():
-      events = len(jagged.values_E) // self._shards
-      capacity = self._capacities[name] = max(events, self._capacities.get(name, 0))
-      values = jagged.values_E.reshape(self._shards, events, *jagged.values_E.shape[1:])
-      room = [(0, 0), (0, capacity - events)] + [(0, 0)] * (values.ndim - 2)
-      values = np.pad(values, room).reshape(-1, *values.shape[2:])
-      sequences[name] = Jagged(values_E=values, lengths_B=jagged.lengths_B)
-    return batch._replace(sequences=sequences)
+    sequences = {
+      name: Jagged(self._with_room(name, jagged.values_E), jagged.lengths_B)
+      for name, jagged in batch.sequences.items()
+    }
+    histories = {
+      name: Events(*(self._with_room(name, x) for x in events[:2]), events.lengths_B)
+      for name, events in batch.histories.items()
+    }
+    for events in histories.values():
+      self._used += int(events.lengths_B.sum())
+      self._room += len(events.age_E)
+    self._seen.add(tuple(self._capacities.items()))
+    return batch._replace(sequences=sequences, histories=histories)
+
+  def _with_room(self, name: str, x_E: np.ndarray) -> np.ndarray:
+    """`x_E` with as many slots a shard as any batch so far has had."""
+    events = len(x_E) // self._shards
+    capacity = self._capacities[name] = max(events, self._capacities.get(name, 0))
+    x_NE = x_E.reshape(self._shards, events, *x_E.shape[1:])
+    x_NE = np.pad(x_NE, [(0, 0), (0, capacity - events)] + [(0, 0)] * (x_NE.ndim - 2))
+    return x_NE.reshape(-1, *x_E.shape[1:])
