@@ -99,6 +99,12 @@ def check_history(folder: pathlib.Path, stored: Stored) -> None:
       raise CorruptHistoryError(f"{path}: checksum mismatch, the file is corrupt; prepare again")
 
 
+def by_user(user_E: np.ndarray, time_E: np.ndarray, users: int) -> tuple[np.ndarray, np.ndarray]:
+  """(order_E, offsets_U1): user after user, each in order of time, equal times as they came."""
+  order_E = np.lexsort((time_E, user_E))
+  return order_E, np.append(0, np.cumsum(np.bincount(user_E, minlength=users)))
+
+
 def locate(
   offsets_U1: np.ndarray, time_E: np.ndarray, user_B: np.ndarray, time_B: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

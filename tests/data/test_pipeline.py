@@ -33,6 +33,10 @@ def test_columns_stay_together(data):
     }
     ints = {"ids_BS", "group_B"}
     assert dtypes == {n: np.dtype("i4" if n in ints else "f4") for n in dtypes}
+    past = batch.histories["past"]
+    assert {x.dtype for x in past} == {np.dtype("i4")}
+    used = past.lengths_B.sum()
+    assert not past.ids_EC[used:].any() and not past.age_E[used:].any()
     for jagged in batch.sequences.values():
       events = int(jagged.lengths_B.sum())
       assert len(jagged.values_E) == event_capacity(events)
@@ -118,7 +122,11 @@ def test_evaluation_is_in_file_order_and_padded(data, batch_size):
     n = int(batch.weight_B.sum())
     real = type(batch)(*(x[:n] if not isinstance(x, dict) else x for x in batch))
     sequences = {k: j._replace(lengths_B=j.lengths_B[:n]) for k, j in batch.sequences.items()}
-    assert_examples(real._replace(sequences=sequences), list(range(start, start + n)))
+    past = batch.histories["past"]
+    histories = {"past": past._replace(lengths_B=past.lengths_B[:n])}
+    real = real._replace(sequences=sequences, histories=histories)
+    assert_examples(real, list(range(start, start + n)))
+    assert not past.lengths_B[n:].any()
     assert len(batch.weight_B) == batch_size and (batch.weight_B[:n] == 1).all()
     assert (batch.ids_BS[n:] == 0).all() and (batch.group_B[n:] == -1).all()
     for padding in (batch.dense_BF[n:], batch.label_BT[n:], batch.weight_B[n:]):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gemjax.data.pipeline import evaluation_batches
-from gemjax.data.simulator import HISTORY, simulate
+from gemjax.data.simulator import simulate
+from gemjax.data.world import HISTORY, LENGTHS
 from gemjax.features import MISSING, RESERVED, UNKNOWN
 
 EXAMPLES, DAYS = 60_000, 6
@@ -127,43 +128,51 @@ def test_popularity_is_skewed(data, log):
     assert counts[: len(counts) // 10].sum() > 0.3 * counts.sum(), name
 
 
-def test_histories_are_the_clicks_before_this_hour(data, log):
-  """Replays the log: the last events of a history are the user's last clicks."""
-  clicks = collections.defaultdict(list)
-  checked = 0
+def test_histories_are_what_happened_before_this_hour(data, log):
+  """Replays the log: the last events are the user's last clicks and impressions, with their age."""
+  past = {name: collections.defaultdict(list) for name in LENGTHS}
+  whole, now, pending, earlier = 0, -1, [], 0
   for split in ("train", "valid", "test"):
     batch = log[split]
-    hour, ad = column(data, batch, "hour"), column(data, batch, "ad")
-    category = column(data, batch, "category")
-    ads, categories = (batch.sequences[f"clicked_{k}"] for k in ("ad", "category"))
-    np.testing.assert_array_equal(ads.lengths_B, categories.lengths_B)
-    ends = np.cumsum(ads.lengths_B)
-    chunk = []
-    for i in range(len(hour)):
-      if i and hour[i] != hour[i - 1]:
-        for user, event in chunk:
-          clicks[user].append(event)
-        chunk = []
-      past = clicks[batch.group_B[i]][-HISTORY:]
-      length = ads.lengths_B[i]
-      assert length >= len(past)  # Some have a past before the log begins.
-      events = slice(ends[i] - len(past), ends[i])
-      assert list(zip(ads.values_E[events], categories.values_E[events])) == past
-      checked += len(past) == HISTORY
+    hours, ad, category, domain = (
+      column(data, batch, name) for name in ("hour", "ad", "category", "domain")
+    )
+    ends = {name: np.cumsum(batch.histories[name].lengths_B) for name in LENGTHS}
+    for i in range(len(ad)):
+      if i == 0 or hours[i] != hours[i - 1]:
+        for name, user, event in pending:
+          past[name][user].append(event)
+        pending, now = [], now + 1
+      user = batch.group_B[i]
+      for name, length in LENGTHS.items() if i % 29 == 0 else ():
+        ids_EC, age_E, lengths_B = batch.histories[name]
+        expected = past[name][user][-length:]
+        n = len(expected)
+        # Clicks may reach back to before the log, by HISTORY at most.
+        assert n <= lengths_B[i] <= min(n + (HISTORY if name == "clicks" else 0), length)
+        earlier += lengths_B[i] - n
+        events = slice(ends[name][i] - n, ends[name][i])
+        assert [tuple(x) for x in ids_EC[events].tolist()] == [e[1:] for e in expected]
+        assert age_E[events].tolist() == [3600 * (now - e[0]) for e in expected]
+        before = age_E[ends[name][i] - lengths_B[i] : ends[name][i] - n]
+        assert (before > 3600 * now).all()
+        whole += n == length
+      of_ad = (now, ad[i], category[i])
+      pending.append(("views", user, (*of_ad, domain[i])))
       if batch.label_BT[i, 0]:
-        chunk.append((batch.group_B[i], (ad[i], category[i])))
-    for user, event in chunk:
-      clicks[user].append(event)
-  assert checked > 1_000
+        action = RESERVED + int(batch.label_BT[i, 1])
+        pending.append(("clicks", user, (*of_ad, action, domain[i])))
+  assert whole > 100 and earlier > 100
 
 
 def test_clicks_follow_the_history(data, log):
-  """Impressions whose category is in the history are clicked more often."""
+  """Impressions whose category is among the user's last clicks are clicked more often."""
   batch = log["train"]
-  events = batch.sequences["clicked_category"]
+  events = batch.histories["clicks"]
   owner = np.repeat(np.arange(len(events.lengths_B)), events.lengths_B)
   category = column(data, batch, "category")
-  same = events.values_E[: len(owner)] == category[owner]
+  last = np.cumsum(events.lengths_B)[owner] - np.arange(len(owner)) <= HISTORY
+  same = (events.ids_EC[: len(owner), 1] == category[owner]) & last
   matches = np.bincount(owner[same], minlength=len(category))
   click = batch.label_BT[:, 0]
   assert click[matches >= 2].mean() > 1.3 * click[matches == 0].mean()
