@@ -8,16 +8,26 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from gemjax.data import values
 from gemjax.data.blocks import Columns
+from gemjax.data.events import EventTable, number, read_events
 from gemjax.data.raw import Chunk, RawDataError
 from gemjax.data.schema import Schema
 from gemjax.data.vocabulary import Counter, Hash, Vocabulary, digest
-from gemjax.features import MISSING, RESERVED, Dense, FeatureSet, Sequence, Sparse
+from gemjax.features import (
+  MISSING,
+  RESERVED,
+  Dense,
+  EventColumn,
+  FeatureSet,
+  History,
+  Sequence,
+  Sparse,
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -68,6 +78,7 @@ class Encoder:
   ):
     self._schema, self._tables = schema, tables
     self._users: dict[str, int] = {}
+    self._past: dict[str, EventTable] = {}
     self._threads = concurrent.futures.ThreadPoolExecutor()  # numpy and polars leave the GIL.
     dense = []
     for name, m in moments.items():
@@ -83,17 +94,32 @@ class Encoder:
         Sequence(**self._table(n), max_length=c.max_length)
         for n, c in schema.of_kind("sequence").items()
       ),
+      history=tuple(
+        History(
+          name=h,
+          columns=tuple(EventColumn(**self._table(f"{h}.{n}") | {"name": n}) for n in rule.columns),
+          max_length=rule.max_length,
+        )
+        for h, rule in schema.histories.items()
+      ),
       tasks=tuple(schema.of_kind("label")),
       grouped=bool(schema.user),
       vocabularies=digest(self.vocabularies),
     )
 
   def _table(self, name: str) -> dict:
-    column = self._schema.columns[name]
+    column = self._schema.categories[name]
     table = column.table or name
     size = self._tables[table].size
     kind = {"encoding": column.encoding, "hash_seed": column.seed}
     return {"name": name, "table": table, "size": size, **kind}
+
+  def events(self, history: History, chunks: Iterable[Chunk]) -> EventTable:
+    """The encoded events of a history, which `encode` looks for those of its examples in."""
+    tables = {column.name: column.table for column in history.columns}
+    rows = lambda name, texts: self._rows(tables[name], texts)
+    found = self._past[history.name] = read_events(chunks, history.name, self._schema, rows)
+    return found
 
   def encode(self, chunk: Chunk) -> Columns:
     """The columns that `PreparedWriter.add` takes; raises RawDataError with the row."""
@@ -115,13 +141,21 @@ class Encoder:
     ids_BS = np.zeros((B, len(self.features.sparse)), self.features.id_dtype)
 
     def fill(s: int, feature: Sparse) -> None:
-      ids_BS[:, s] = self._rows(feature.table, values.categories(chunk, feature.name, schema))
+      column = schema.columns[feature.name]
+      texts = values.categories(chunk, feature.name, column, schema.missing_values)
+      ids_BS[:, s] = self._rows(feature.table, texts)
 
     list(self._threads.map(fill, *zip(*enumerate(self.features.sparse))))
     label_BT = np.stack([self._label(chunk, t) for t in self.features.tasks], axis=1)
     columns = {"dense": dense_BF, "ids": ids_BS, "label": label_BT}
     if schema.user:
-      columns["group"] = self._group(chunk)
+      texts = values.texts(chunk, schema.user, schema.missing_values)
+      values.complete(chunk, schema.user, texts.is_null().to_numpy(), "it names the user")
+      columns["group"] = number(texts, self._users).astype(np.int32)
+    for name, past in self._past.items():
+      columns["time"] = values.seconds(chunk, schema.time, schema.missing_values)
+      found = past.before(texts, columns["time"])
+      columns[f"{name}.start"], columns[f"{name}.stop"] = found
     for feature in self.features.sequence:
       texts_E, lengths_B = values.events(chunk, feature.name, schema)
       columns[f"{feature.name}.values"] = self._rows(feature.table, texts_E)
@@ -146,22 +180,23 @@ class Encoder:
       )
     return x_B.astype(np.uint8)
 
-  def _group(self, chunk: Chunk) -> np.ndarray:
-    """int32 number of the user, in order of first appearance over all splits."""
-    texts = values.texts(chunk, self._schema.user, self._schema.missing_values)
-    values.complete(chunk, self._schema.user, texts.is_null().to_numpy(), "it names the user")
-    coded = texts.rechunk().to_arrow().dictionary_encode()
-    known = [self._users.setdefault(u, len(self._users)) for u in coded.dictionary.to_pylist()]
-    return np.asarray(known, np.int32)[coded.indices.to_numpy(zero_copy_only=False)]
 
+def fit(
+  schema: Schema, chunks: Iterable[Chunk], events: Callable[[str], Iterable[Chunk]]
+) -> Encoder:
+  """Reads the train split once for means, deviations and vocabularies; returns the encoder.
 
-def fit(schema: Schema, chunks: Iterable[Chunk]) -> Encoder:
-  """Reads the train split once for means, deviations and vocabularies; returns the encoder."""
+  `events` reads those of a history; vocabularies count the ones before the last train example.
+  """
   moments = {n: Moments() for n in schema.of_kind("dense")}
-  categories = schema.of_kind("sparse") | schema.of_kind("sequence")
+  categories = schema.categories
+  of_examples = {n: c for n, c in categories.items() if n in schema.columns}
+  end = -math.inf  # Of the train split.
   tables = {c.table or n: c for n, c in categories.items()}
   counters = {t: Counter() for t, c in tables.items() if c.encoding == "vocabulary"}
   for chunk in chunks:
+    if schema.histories:
+      end = max(end, values.seconds(chunk, schema.time, schema.missing_values).max())
     for name, moment in moments.items():
       moment.add(values.dense(chunk, name, schema))
       if not math.isfinite(moment.squares):
@@ -169,16 +204,25 @@ def fit(schema: Schema, chunks: Iterable[Chunk]) -> Encoder:
           f"{chunk.path}: column {name!r} holds values too large to standardise; mend them or "
           "give the column transform = 'log1p'"
         )
-    for name, column in categories.items():
+    for name, column in of_examples.items():
       if column.encoding == "hash":
         continue
       sequence = column.kind == "sequence"
       texts = (
         values.events(chunk, name, schema)[0]
         if sequence
-        else values.categories(chunk, name, schema)
+        else values.categories(chunk, name, column, schema.missing_values)
       )
       counters[column.table or name].add(texts)
+  for history, rule in schema.histories.items():
+    counted = [n for n, c in rule.columns.items() if c.encoding == "vocabulary"]
+    for chunk in events(history) if counted else ():
+      time_E = values.seconds(chunk, schema.read_of(history)[1], schema.missing_values)
+      chunk = chunk.where(time_E < end)
+      for name in counted:
+        column = rule.columns[name]
+        texts = values.categories(chunk, name, column, schema.missing_values)
+        counters[column.table or f"{history}.{name}"].add(texts)
   fitted = {}
   for table, c in tables.items():
     if c.encoding == "hash":

@@ -1,7 +1,7 @@
 """MovieLens: ratings with the user's and the movie's side and the user's true past.
 
-An example is a rating; its label says rating >= 4. `history` holds the movies that the same user
-came to strictly before it in time, the last ones if there are many. Both sets are read as
+An example is a rating; its label says rating >= 4. The history `rated` holds all movies that the
+user came to, with the rating where it is known and the movie's first genre. Both sets are read as
 GroupLens publishes them and as typed tables (RecBole's files for 100K, chronological CSV for 1M).
 """
 
@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
 from gemjax.data.raw import BATCH_ROWS, Chunk, RawDataError, Source, TextFile
-from gemjax.data.schema import Column, Schema, SplitRule
+from gemjax.data.schema import Column, HistoryRule, Schema, SplitRule
 from gemjax.data.values import complete, numbers
 
-HISTORY = 50
 _SCHEMA = Schema(
   columns={
     "label": Column(kind="label", threshold=4.0),
@@ -30,8 +28,13 @@ _SCHEMA = Schema(
     "occupation": Column(kind="sparse"),
     "zip": Column(kind="sparse"),  # The first three digits: a region.
     "year": Column(kind="sparse"),
-    "genres": Column(kind="sequence", max_length=10),
-    "history": Column(kind="sequence", max_length=HISTORY, table="item"),
+    "genres": Column(kind="sequence", max_length=10, table="genre"),
+  },
+  histories={
+    "rated": HistoryRule(
+      columns={n: Column(kind="sparse", table=n) for n in ("item", "rating", "genre")},
+      max_length=2000,
+    )
   },
   split=SplitRule(by="time"),
   user="user",
@@ -53,59 +56,75 @@ class _Layout:
 
 
 @dataclasses.dataclass(slots=True)
-class MovieLens:
-  """A reader of the three files together; they are small and kept in memory once read."""
+class _Tables:
+  """The three files together; they are small and kept in memory once read."""
 
   layout: _Layout
-  _loaded: tuple[Chunk, np.ndarray, np.ndarray] | None = None
+  _events: Chunk | None = None
+  _examples: Chunk | None = None
 
   @property
-  def path(self) -> pathlib.Path:
-    return self.layout.events.path
+  def events(self) -> Chunk:
+    """All events in the order of the file, with the movie's side."""
+    self._events = self._events or self._load_events()
+    return self._events
 
   @property
-  def size(self) -> int:
-    return self.layout.events.size
+  def examples(self) -> Chunk:
+    """The rated events, with the user's side as well."""
+    self._examples = self._examples or self._load_examples()
+    return self._examples
 
-  def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]:
-    """Rated events in the order of the file; `history` is made chunk by chunk."""
-    whole, past, begin_end = self._loaded = self._loaded or self._load()
-    for start in range(0, len(whole.frame), BATCH_ROWS):
-      rows = slice(start, start + BATCH_ROWS)
-      frame = whole.frame[rows]
-      if "history" in columns:
-        frame = frame.with_columns(_lists(past, *begin_end[rows].T).alias("history"))
-      share = self.size * len(frame) // len(whole.frame)
-      yield dataclasses.replace(
-        whole, frame=frame.select(columns), rows_B=whole.rows_B[rows], bytes=share
-      )
-
-  def _load(self) -> tuple[Chunk, np.ndarray, np.ndarray]:
+  def _load_events(self) -> Chunk:
     files = self.layout
     events = _renamed(files.events, files.event_names)
     for name, kind in (("user", int), ("item", int), ("time", float), ("label", float)):
       events = _numbered(events, name, kind)
-    user, time, item = (events.frame[n].to_numpy() for n in ("user", "time", "item"))
-    order = np.lexsort((np.arange(len(user)), time, user))
-    # Past of event e: the events of its user from the first one to the first at e's own time.
-    _, same_user = np.unique(user[order], return_index=True)
-    first = np.repeat(same_user, np.diff(np.append(same_user, len(order))))
-    moment = np.append(True, (np.diff(user[order]) != 0) | (np.diff(time[order]) != 0))
-    end = np.flatnonzero(moment)[np.cumsum(moment) - 1]
-    begin_end = np.empty((len(order), 2), np.int64)
-    begin_end[order] = np.stack([np.maximum(first, end - HISTORY), end], axis=1)
-    rated = (events.frame["label"] > 0).to_numpy()  # 0 stands for an unknown rating.
-    if not rated.any():
-      raise RawDataError(f"{self.path} holds no known rating; give it ratings of 1 to 5")
-    users = _numbered(_renamed(files.users, files.user_names), "user", int).frame
-    users = users.with_columns(pl.col("zip").str.slice(0, 3))
     items = _numbered(_whole(files.items), files.item_key, int).frame
     items = files.item_columns(items.rename({files.item_key: "item"}))
-    events = events.where(rated)
-    frame = events.frame
-    for side, key in ((users, "user"), (items, "item")):
-      frame = frame.join(side.unique(key), on=key, how="left", maintain_order="left")
-    return dataclasses.replace(events, frame=frame), item[order], begin_end[rated]
+    items = items.with_columns(pl.col("genres").list.first().alias("genre"))
+    known = pl.col("label") > 0  # 0 stands for an unknown rating.
+    frame = events.frame.with_columns(pl.when(known).then("label").alias("rating"))
+    return dataclasses.replace(events, frame=_joined(frame, items, "item"))
+
+  def _load_examples(self) -> Chunk:
+    files = self.layout
+    users = _numbered(_renamed(files.users, files.user_names), "user", int).frame
+    users = users.with_columns(pl.col("zip").str.slice(0, 3))
+    rated = self.events.where(self.events.frame["rating"].is_not_null().to_numpy())
+    if not len(rated.frame):
+      raise RawDataError(f"{files.events.path} holds no known rating; give it ratings of 1 to 5")
+    return dataclasses.replace(rated, frame=_joined(rated.frame, users, "user"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MovieLens:
+  """A reader of the events of a MovieLens, or of those that are examples."""
+
+  tables: _Tables
+  examples: bool
+
+  @property
+  def path(self) -> pathlib.Path:
+    return self.tables.layout.events.path
+
+  @property
+  def size(self) -> int:
+    return self.tables.layout.events.size
+
+  def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]:
+    whole = self.tables.examples if self.examples else self.tables.events
+    for start in range(0, len(whole.frame), BATCH_ROWS):
+      rows = slice(start, start + BATCH_ROWS)
+      frame = whole.frame[rows].select(columns)
+      share = self.size * len(frame) // len(whole.frame)
+      yield dataclasses.replace(whole, frame=frame, rows_B=whole.rows_B[rows], bytes=share)
+
+
+def _source(layout: _Layout) -> Source:
+  tables = _Tables(layout)
+  examples, events = MovieLens(tables, examples=True), MovieLens(tables, examples=False)
+  return Source(_SCHEMA, {"": (examples,)}, {"rated": (events,)})
 
 
 def movielens_100k(path: pathlib.Path) -> Source:
@@ -153,7 +172,7 @@ def movielens_100k(path: pathlib.Path) -> Source:
     raise RawDataError(
       f"{path} must hold ml-100k.inter, .user and .item, or u.data, u.user, u.item and u.genre"
     )
-  return Source(_SCHEMA, {"": (MovieLens(layout),)})
+  return _source(layout)
 
 
 def movielens_1m(path: pathlib.Path) -> Source:
@@ -187,7 +206,7 @@ def movielens_1m(path: pathlib.Path) -> Source:
       f"{path} must hold interactions_chronological.csv, users.tsv and movies.tsv, "
       "or ratings.dat, users.dat and movies.dat"
     )
-  return Source(_SCHEMA, {"": (MovieLens(layout),)})
+  return _source(layout)
 
 
 def is_movielens_100k(path: pathlib.Path) -> bool:
@@ -212,13 +231,8 @@ def _titled(items: pl.DataFrame) -> pl.DataFrame:
   )
 
 
-def _lists(values: np.ndarray, begin_B: np.ndarray, end_B: np.ndarray) -> pl.Series:
-  """A series whose row b is values[begin_B[b] : end_B[b]]."""
-  stop_B = np.cumsum(end_B - begin_B)
-  start_B = stop_B - (end_B - begin_B)
-  index = np.arange(stop_B[-1]) + np.repeat(begin_B - start_B, end_B - begin_B)
-  offsets = np.append(0, stop_B)
-  return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(offsets, values[index])))
+def _joined(frame: pl.DataFrame, side: pl.DataFrame, key: str) -> pl.DataFrame:
+  return frame.join(side.unique(key), on=key, how="left", maintain_order="left")
 
 
 def _whole(file: TextFile, columns: Sequence[str] | None = None) -> Chunk:

@@ -1,7 +1,8 @@
 """Preparation: raw data in, prepared folder out, in streaming passes: one to fit, one to write.
 
-Memory holds a chunk, the values counted for the vocabularies and the users. A split by order or
-time takes one more pass, before these, and holds a key of 8 bytes for every row.
+Memory holds a chunk, the values counted for the vocabularies, the users, and of every event of a
+history some 20 bytes. A split by order or time takes one more pass, before these, and holds a key
+of 8 bytes for every row.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from gemjax.data import movielens, public, table
 from gemjax.data.encoding import fit
 from gemjax.data.prepared import PreparedData, PreparedWriter
 from gemjax.data.raw import Chunk, RawDataError, Reader, Source, existing
-from gemjax.data.schema import SPLITS, Schema, SchemaError, load_schema
+from gemjax.data.schema import SPLITS, Schema, SchemaError
+from gemjax.data.schema_file import load_schema
 from gemjax.data.values import complete, numbers
 from gemjax.data.vocabulary import mix
 
@@ -69,7 +71,11 @@ def prepare(
   try:
     with PreparedWriter(output) as writer:
       rule = _Split(source, schema, progress)
-      encoder = fit(schema, (c for _, c in rule.chunks("fit", ["train"])))
+      train = (chunk for _, chunk in rule.chunks("fit", ["train"]))
+      encoder = fit(schema, train, lambda history: rule.events("fit", history))
+      for history in encoder.features.history:
+        events = encoder.events(history, rule.events("store", history.name))
+        writer.add_history(history, events.ids, events.time_E, events.offsets_U1)
       counts = dict.fromkeys(SPLITS, 0)
       for split, chunk in rule.chunks("encode", SPLITS):
         writer.add(split, encoder.encode(chunk))
@@ -121,6 +127,12 @@ class _Split:
         mask_B = split_B == SPLITS.index(split)
         if mask_B.any():
           yield split, chunk.where(mask_B)
+
+  def events(self, title: str, history: str) -> Iterator[Chunk]:
+    """The events of a history, in the order of their files."""
+    files = [("", file) for file in self._source.histories[history]]
+    for _, chunk in self._read(f"{title} {history}", files, self._schema.read_of(history)):
+      yield chunk
 
   def _keys(self, title: str, columns: Sequence[str]) -> Iterator[tuple[np.ndarray, Chunk]]:
     rule, first = self._schema.split, 0

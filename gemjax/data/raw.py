@@ -58,10 +58,13 @@ class Reader(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-  """Raw data: its schema, and its files by split, or all under "" where a rule splits them."""
+  """Raw data: its schema, its files by split, or all under "" where a rule splits them, and the
+  files of events of each history.
+  """
 
   schema: Schema
   files: dict[str, tuple[Reader, ...]]
+  histories: dict[str, tuple[Reader, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

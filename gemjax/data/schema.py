@@ -33,25 +33,34 @@ A user's own table is described by a TOML file; columns that it does not name ar
   encoding = "hash"
   rows = 100000                # The two reserved ones included.
   seed = 7
+  [histories.clicks]           # What users did; an example sees what its user did before it.
+  file = "clicks.csv"          # With a header. Relative to the table, in any order.
+  user = "user_id"             # Default: as the table's `user`, which must be given.
+  time = "timestamp"           # Likewise. Both times are then seconds; fractions are cut.
+  max_length = 1000            # The last 1000 before an example are seen.
+  [histories.clicks.columns.ad]
+  table = "ad"                 # All fields of sparse columns.
+
+Vocabularies are fitted on the train split, and on the events before its last example.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import tomllib
+import re
 from typing import Any
 
 from gemjax.features import MAX_ROWS, RESERVED
 
 SPLITS = ("train", "valid", "test")
 _ENCODED = {"encoding", "rows", "min_count", "seed", "table", "missing"}
-_FIELDS = {
+FIELDS = {
   "dense": {"transform", "missing"},
   "sparse": _ENCODED,
   "sequence": _ENCODED | {"max_length", "separator"},
   "label": {"threshold"},
 }
+_NAME = re.compile(r"[\w-]+")  # Of histories and their columns: files are named by them.
 _CHOICES = {
   "encoding": ("vocabulary", "hash"),
   "transform": ("identity", "log1p"),
@@ -64,7 +73,7 @@ class SchemaError(ValueError):
   """A schema that says something unknown, impossible or contradictory."""
 
 
-def _check_value(name: str, value: Any, default: Any) -> None:
+def check_value(name: str, value: Any, default: Any) -> None:
   if name in _CHOICES and value not in _CHOICES[name]:
     raise SchemaError(f"{name} {value!r} is unknown; choose from {list(_CHOICES[name])}")
   number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -82,7 +91,7 @@ def _check_value(name: str, value: Any, default: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-  """One column; which fields a kind has is said by `_FIELDS`, what they mean by the module."""
+  """One column; which fields a kind has is said by `FIELDS`, what they mean by the module."""
 
   kind: str
   encoding: str = "vocabulary"
@@ -97,16 +106,16 @@ class Column:
   threshold: float | None = None
 
   def __post_init__(self):
-    if self.kind not in _FIELDS:
-      raise SchemaError(f"kind {self.kind!r} is unknown; choose from {list(_FIELDS)}")
+    if self.kind not in FIELDS:
+      raise SchemaError(f"kind {self.kind!r} is unknown; choose from {list(FIELDS)}")
     for field in dataclasses.fields(self)[1:]:
       value = getattr(self, field.name)
       if value == field.default:
         continue
-      if field.name not in _FIELDS[self.kind]:
-        allowed = sorted(_FIELDS[self.kind])
+      if field.name not in FIELDS[self.kind]:
+        allowed = sorted(FIELDS[self.kind])
         raise SchemaError(f"kind {self.kind!r} has no field {field.name!r}, only {allowed}")
-      _check_value(field.name, value, field.default)
+      check_value(field.name, value, field.default)
     if self.missing == "mean" and self.kind != "dense":
       raise SchemaError(f"missing = 'mean' is for dense columns, but the kind is {self.kind!r}")
     if self.encoding == "hash" and self.rows <= RESERVED:
@@ -137,12 +146,36 @@ class SplitRule:
   seed: int = 0
 
   def __post_init__(self):
-    _check_value("by", self.by, "files")
+    check_value("by", self.by, "files")
     f = self.fractions
     if len(f) != 3 or not all(isinstance(x, int | float) and x > 0 for x in f):
       raise SchemaError(f"split.fractions must be three positive numbers, got {list(f)}")
     if abs(sum(f) - 1) > 1e-9:
       raise SchemaError(f"split.fractions must add up to 1, but {list(f)} add up to {sum(f):g}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryRule:
+  """Events of users, and which of their columns are read."""
+
+  columns: dict[str, Column]  # All sparse.
+  file: str = ""
+  user: str = ""
+  time: str = ""
+  max_length: int = 1000
+
+  def __post_init__(self):
+    if not self.columns:
+      raise SchemaError("it has no column; write [histories.NAME.columns.X]")
+    for name, column in self.columns.items():
+      if column.kind != "sparse":
+        raise SchemaError(f"column {name!r} must be sparse, but its kind is {column.kind!r}")
+      if not _NAME.fullmatch(name) or name in ("time", "offsets"):
+        raise SchemaError(
+          f"column {name!r}: the name must be of letters, digits, _ and -, and not time or offsets"
+        )
+    if self.max_length < 1:
+      raise SchemaError(f"max_length must be at least 1, got {self.max_length}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,11 +189,12 @@ class Schema:
   missing_values: tuple[str, ...] = ("",)
   delimiter: str = ""
   names: tuple[str, ...] = ()
+  histories: dict[str, HistoryRule] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if not self.of_kind("label"):
       raise SchemaError("the schema has no label; give one column kind = 'label'")
-    if len(self.of_kind("label")) == len(self.columns):
+    if len(self.of_kind("label")) == len(self.columns) and not self.histories:
       raise SchemaError("the schema has no feature; give a column kind dense, sparse or sequence")
     if not self.delimiter.isascii() or set(self.delimiter) & set('"\r\n'):
       raise SchemaError(
@@ -168,8 +202,15 @@ class Schema:
       )
     if self.split.by == "time" and not self.time:
       raise SchemaError("split.by = 'time' needs `time = COLUMN` in the schema")
+    for name in self.histories:
+      if not (self.user and self.time):
+        raise SchemaError(
+          f"history {name!r} needs `user = COLUMN` and `time = COLUMN` of the examples"
+        )
+      if not _NAME.fullmatch(name):
+        raise SchemaError(f"history {name!r}: the name must be of letters, digits, _ and -")
     tables: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name, column in (self.of_kind("sparse") | self.of_kind("sequence")).items():
+    for name, column in self.categories.items():
       mine = {k: getattr(column, k) for k in ("encoding", "rows", "min_count", "seed")}
       first, theirs = tables.setdefault(column.table or name, (name, mine))
       for key, value in mine.items():
@@ -181,6 +222,17 @@ class Schema:
 
   def of_kind(self, kind: str) -> dict[str, Column]:
     return {n: c for n, c in self.columns.items() if c.kind == kind}
+
+  @property
+  def categories(self) -> dict[str, Column]:
+    """All columns with a table: sparse, sequence, and HISTORY.COLUMN of the histories."""
+    events = {f"{h}.{n}": c for h, rule in self.histories.items() for n, c in rule.columns.items()}
+    return self.of_kind("sparse") | self.of_kind("sequence") | events
+
+  def read_of(self, history: str) -> tuple[str, ...]:
+    """User, time and then the columns of a history, as its file calls them."""
+    rule = self.histories[history]
+    return (rule.user or self.user, rule.time or self.time, *rule.columns)
 
   @property
   def read(self) -> tuple[str, ...]:
@@ -195,7 +247,7 @@ class Schema:
       raise SchemaError(
         f"hash_rows = {hash_rows} and min_count = {min_count} exclude each other; drop one"
       )
-    categories = self.of_kind("sparse") | self.of_kind("sequence")
+    categories = self.categories
     if hash_rows:
       change = {"encoding": "hash", "rows": hash_rows, "min_count": 1}
     else:
@@ -204,41 +256,11 @@ class Schema:
       if not categories:
         raise SchemaError(f"min_count = {min_count}, but there is no vocabulary to cut; drop it")
     changed = {n: dataclasses.replace(c, **change) for n, c in categories.items()}
-    return dataclasses.replace(self, columns=self.columns | changed)
-
-
-def load_schema(path: str | os.PathLike) -> Schema:
-  """Reads a TOML schema; raises SchemaError naming the file, the entry and what it may be."""
-  try:
-    with open(path, "rb") as file:
-      tree = tomllib.load(file)
-    columns = tree.pop("columns", {})
-    if not isinstance(columns, dict) or not all(isinstance(c, dict) for c in columns.values()):
-      raise SchemaError("columns must be tables: write [columns.NAME] and below it kind = ...")
-    made = {}
-    for name, fields in columns.items():
-      try:
-        made[name] = _make(Column, fields)
-      except SchemaError as error:
-        raise SchemaError(f"column {name!r}: {error}") from error
-    split = tree.pop("split", {})
-    if not isinstance(split, dict):
-      raise SchemaError("split must be a table: write [split] and below it by = ...")
-    return _make(Schema, tree | {"columns": made, "split": _make(SplitRule, split)})
-  except (SchemaError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-    raise SchemaError(f"schema {path}: {error}") from error
-  except OSError as error:
-    raise SchemaError(f"schema {path} cannot be read: {error.strerror}") from error
-
-
-def _make(kind: type, tree: dict[str, Any]) -> Any:
-  fields = {f.name: f for f in dataclasses.fields(kind)}
-  for name in tree:
-    if name not in fields:
-      raise SchemaError(f"unknown field {name!r}; choose from {list(fields)}")
-  if kind is Column and "kind" not in tree:
-    raise SchemaError(f"kind is missing; choose from {list(_FIELDS)}")
-  if kind is not Column:  # A column checks its own, by kind.
-    for name, value in tree.items():
-      _check_value(name, value, fields[name].default)
-  return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in tree.items()})
+    columns = {n: changed.get(n, c) for n, c in self.columns.items()}
+    histories = {
+      h: dataclasses.replace(
+        rule, columns={n: changed.get(f"{h}.{n}", c) for n, c in rule.columns.items()}
+      )
+      for h, rule in self.histories.items()
+    }
+    return dataclasses.replace(self, columns=columns, histories=histories)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from collections.abc import Collection
 
 from gemjax.data.raw import ParquetFile, RawDataError, Reader, Source, TextFile
 from gemjax.data.schema import SPLITS, Schema
@@ -15,9 +17,21 @@ def table(path: pathlib.Path, schema: Schema) -> Source:
 
   Data files end in .csv, .tsv, .txt (each also .gz) or .parquet. With split.by = "files", each of
   train, valid and test is a file of that name (`train.csv`) or a folder of such files (`train/`).
+  A history's file, or folder of files, is named relative to the table's own folder.
   """
+  folder = path if path.is_dir() else path.parent
+  histories = {}
+  for name, rule in schema.histories.items():
+    if not (folder / rule.file).exists():
+      raise RawDataError(
+        f"history {name!r}: {folder / rule.file} does not exist; name the file of its events, "
+        f"relative to {folder}"
+      )
+    events = dataclasses.replace(schema, names=())
+    histories[name] = _readers(folder / rule.file, events)
   if schema.split.by != "files":
-    return Source(schema, {"": _readers(path, schema)})
+    others = {reader.path for readers in histories.values() for reader in readers}
+    return Source(schema, {"": _readers(path, schema, others)}, histories)
   files = {}
   for split in SPLITS:
     found = [p for p in sorted(path.glob(f"{split}*")) if p.name.split(".")[0] == split]
@@ -27,14 +41,16 @@ def table(path: pathlib.Path, schema: Schema) -> Source:
         "add it, or set split.by to time, order or random"
       )
     files[split] = _readers(found[0], schema)
-  return Source(schema, files)
+  return Source(schema, files, histories)
 
 
-def _readers(path: pathlib.Path, schema: Schema) -> tuple[Reader, ...]:
+def _readers(
+  path: pathlib.Path, schema: Schema, others: Collection[pathlib.Path] = ()
+) -> tuple[Reader, ...]:
   if not path.is_dir():
     return (_reader(path, schema),)
   known = (*_DELIMITERS, *(f"{e}.gz" for e in _DELIMITERS), ".parquet")
-  files = [p for p in sorted(path.iterdir()) if p.name.endswith(known)]
+  files = [p for p in sorted(path.iterdir()) if p.name.endswith(known) and p not in others]
   if not files:
     raise RawDataError(f"{path} holds no data file; its names must end in one of {list(known)}")
   return tuple(_reader(p, schema) for p in files)

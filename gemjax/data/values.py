@@ -5,13 +5,14 @@ Letters: B rows, E events of one sequence column.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import polars as pl
 
 from gemjax.data.raw import Chunk, RawDataError
-from gemjax.data.schema import Schema
+from gemjax.data.schema import Column, Schema
 
 
 def texts(chunk: Chunk, name: str, missing_values: tuple[str, ...] = ("",)) -> pl.Series:
@@ -67,6 +68,21 @@ def numbers(chunk: Chunk, name: str, missing_values: tuple[str, ...] = ("",)) ->
   return y_B
 
 
+def seconds(chunk: Chunk, name: str, missing_values: tuple[str, ...] = ("",)) -> np.ndarray:
+  """The values of a column of times as whole seconds, int64; none may be missing."""
+  x = chunk.frame[name]
+  if x.dtype in (pl.Date, pl.Datetime):
+    frame = chunk.frame.with_columns(x.dt.epoch("s"))
+    chunk = dataclasses.replace(chunk, frame=frame)
+  x_B = numbers(chunk, name, missing_values)
+  complete(chunk, name, np.isnan(x_B), "the past of an example is found by it")
+  if len(wrong := np.flatnonzero(np.abs(x_B) >= 2**53)):
+    raise RawDataError(
+      f"{chunk.at(wrong[0])}: column {name!r} must be seconds, but is {x_B[wrong[0]]:g}; mend it"
+    )
+  return np.floor(x_B).astype(np.int64)
+
+
 def complete(chunk: Chunk, name: str, missing_B: np.ndarray, why: str) -> None:
   """Raises RawDataError with the first row where `name` is missing, if there is one."""
   if len(wrong := np.flatnonzero(missing_B)):
@@ -82,10 +98,12 @@ def dense(chunk: Chunk, name: str, schema: Schema) -> np.ndarray:
   return np.sign(x_B) * np.log1p(np.abs(x_B)) if column.transform == "log1p" else x_B
 
 
-def categories(chunk: Chunk, name: str, schema: Schema) -> pl.Series:
-  """The categories of a sparse column, or of all events of a sequence; null where missing."""
-  x = texts(chunk, name, schema.missing_values)
-  if schema.columns[name].missing == "error":
+def categories(
+  chunk: Chunk, name: str, column: Column, missing_values: tuple[str, ...] = ("",)
+) -> pl.Series:
+  """The categories of a sparse column; null where missing."""
+  x = texts(chunk, name, missing_values)
+  if column.missing == "error":
     complete(chunk, name, x.is_null().to_numpy(), "its schema says missing = 'error'")
   return x
 

@@ -16,8 +16,8 @@ from gemjax.data.prepared import take
 def check_movielens(data, events, users, items, picked):
   """`events` are (user, item, rating, time) in file order, a rating of 0 being unknown."""
   past = collections.defaultdict(list)
-  for number, (user, item, _, time) in enumerate(events):
-    past[user].append((time, number, item))
+  for number, (user, item, rating, time) in enumerate(events):
+    past[user].append((time, number, (item, rating, items[item]["genres"][0])))
   for user in past:
     times, _, seen = zip(*sorted(past[user]))
     past[user] = times, seen
@@ -30,7 +30,7 @@ def check_movielens(data, events, users, items, picked):
         {
           "ids": [user, item, u["age"], u["gender"], u["occupation"], u["zip"][:3], i["year"]],
           "genres": i["genres"],
-          "history": past[user][1][max(before - 50, 0) : before],
+          "past": (past[user][0][:before], past[user][1][:before]),
           "label": int(rating >= 4),
           "time": time,
         }
@@ -42,23 +42,39 @@ def check_movielens(data, events, users, items, picked):
     splits["train" if e["time"] < cuts[0] else "valid" if e["time"] < cuts[1] else "test"].append(e)
   train = splits["train"]
   tables = [vocabulary(e["ids"][s] for e in train) for s in range(7)]
-  tables[1] = vocabulary(x for e in train for x in [e["ids"][1], *e["history"]])
-  genres = vocabulary(g for e in train for g in e["genres"])
+  # Of events, those before the last example of the train split are counted, once each.
+  end = max(e["time"] for e in train)
+  early = [(item, rating) for _, item, rating, time in events if time < end]
+  tables[1] = vocabulary([e["ids"][1] for e in train] + [item for item, _ in early])
+  ratings = vocabulary(f"{rating:.0f}" if rating else "" for _, rating in early)
+  firsts = [items[item]["genres"][0] for item, _ in early]
+  genres = vocabulary([g for e in train for g in e["genres"]] + firsts)
   names = ("user", "item", "age", "gender", "occupation", "zip", "year")
   assert tuple(f.name for f in data.features.sparse) == names
-  sizes = {n: len(t) + 2 for n, t in zip(names, tables)} | {"genres": len(genres) + 2}
+  sizes = {n: len(t) + 2 for n, t in zip(names, tables)}
+  sizes |= {"genre": len(genres) + 2, "rating": len(ratings) + 2}
   assert data.features.tables == sizes
+  assert data.histories["rated"].events == len(events)
+  parts = ("item", "rating", "genre", "time")
+  stored = {n: np.load(data.path / f"rated.{n}.npy", mmap_mode="r") for n in parts}
   for split, expected in splits.items():
     found = columns(data, split)
     np.testing.assert_array_equal(found["label"][:, 0], [e["label"] for e in expected])
-    np.testing.assert_array_equal(
-      found["history.lengths"], [len(e["history"]) for e in expected], split
-    )
+    lengths = found["rated.stop"] - found["rated.start"]
+    np.testing.assert_array_equal(lengths, [len(e["past"][0]) for e in expected], split)
+    np.testing.assert_array_equal(found["time"], [e["time"] for e in expected])
     for b in picked if picked is not None else range(len(expected)):
       e = expected[b % len(expected)]
       one = take(found, slice(b % len(expected), b % len(expected) + 1))
       assert one["ids"][0].tolist() == [row(t, v) for t, v in zip(tables, e["ids"])]
-      assert one["history.values"].tolist() == [row(tables[1], x) for x in e["history"]]
+      seen = slice(one["rated.start"][0], one["rated.stop"][0])
+      assert stored["time"][seen].tolist() == list(e["past"][0])
+      wanted = zip(*e["past"][1]) if e["past"][1] else ((), (), ())
+      item, rating, genre = wanted
+      rating = [f"{x:.0f}" if x else "" for x in rating]
+      assert stored["item"][seen].tolist() == [row(tables[1], x) for x in item]
+      assert stored["rating"][seen].tolist() == [row(ratings, x) for x in rating]
+      assert stored["genre"][seen].tolist() == [row(genres, x) for x in genre]
       assert one["genres.values"].tolist() == [row(genres, g) for g in e["genres"]]
 
 

@@ -11,7 +11,7 @@ from gemjax.data.blocks import CorruptBlockError
 from gemjax.data.pipeline import evaluation_batches, train_batches
 from gemjax.data.preparation import prepare
 from gemjax.data.prepared import PreparedWriter
-from gemjax.data.schema import load_schema
+from gemjax.data.schema_file import load_schema
 from gemjax.features import FeatureSet, Sequence, Sparse
 
 ROWS = 5_000_000_000
