@@ -70,13 +70,11 @@ class DotProduct(nnx.Module):
       raise ValueError(f"attention: width {dim} must divide by the {config.heads} heads")
     gain = lambda: nnx.Param(jnp.ones((dim // config.heads,)), axes=("width",))
     self.gains = nnx.List([gain(), gain()] if config.qk_norm else [])  # Of queries, of keys.
-    bias = lambda count, octaves: DistanceBias(
-      config.heads, count, octaves, signed=own and not causal
+    kinds = ((config.position_buckets, POSITION_OCTAVES), (config.time_buckets, TIME_OCTAVES))
+    self.position, self.time = (
+      DistanceBias(config.heads, count, octaves, signed=own and not causal) if count else None
+      for count, octaves in kinds
     )
-    self.position = (
-      bias(config.position_buckets, POSITION_OCTAVES) if config.position_buckets else None
-    )
-    self.time = bias(config.time_buckets, TIME_OCTAVES) if config.time_buckets else None
     self.heads, self.own, self.causal = config.heads, own, causal
     self.window, self.block, self.rope = config.window, config.block, config.rope
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
 from gemjax.layers.linear import KERNEL, contract
-from gemjax.layers.tokens import Tokens, segment_E
+from gemjax.layers.tokens import Tokens
+from pallas_kernels import jagged_matmul
 
 
 class PersonalisedFfn(nnx.Module):
@@ -26,5 +26,4 @@ class PersonalisedFfn(nnx.Module):
   def __call__(self, x_sum_BI: jax.Array, tokens: Tokens) -> jax.Array:
     flat = contract("bi,io->bo", x_sum_BI, self.kernel[...], self.inputs, self.dtype)
     w_BDD = rearrange(flat, "b (i o) -> b i o", i=self.dim)
-    w_EDD = w_BDD.at[segment_E(tokens)].get(mode="fill", fill_value=0)
-    return jnp.einsum("ei,eio->eo", tokens.x_ED.astype(self.dtype), w_EDD)
+    return jagged_matmul(tokens.x_ED.astype(self.dtype), w_BDD, tokens.offsets_B1)
