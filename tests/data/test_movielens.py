@@ -30,7 +30,7 @@ def check_movielens(data, events, users, items, picked):
         {
           "ids": [user, item, u["age"], u["gender"], u["occupation"], u["zip"][:3], i["year"]],
           "genres": i["genres"],
-          "past": (past[user][0][:before], past[user][1][:before]),
+          "before": before,
           "label": int(rating >= 4),
           "time": time,
         }
@@ -61,16 +61,16 @@ def check_movielens(data, events, users, items, picked):
     found = columns(data, split)
     np.testing.assert_array_equal(found["label"][:, 0], [e["label"] for e in expected])
     lengths = found["rated.stop"] - found["rated.start"]
-    np.testing.assert_array_equal(lengths, [len(e["past"][0]) for e in expected], split)
+    np.testing.assert_array_equal(lengths, [e["before"] for e in expected], split)
     np.testing.assert_array_equal(found["time"], [e["time"] for e in expected])
     for b in picked if picked is not None else range(len(expected)):
       e = expected[b % len(expected)]
       one = take(found, slice(b % len(expected), b % len(expected) + 1))
       assert one["ids"][0].tolist() == [row(t, v) for t, v in zip(tables, e["ids"])]
       seen = slice(one["rated.start"][0], one["rated.stop"][0])
-      assert stored["time"][seen].tolist() == list(e["past"][0])
-      wanted = zip(*e["past"][1]) if e["past"][1] else ((), (), ())
-      item, rating, genre = wanted
+      times, before = past[e["ids"][0]]
+      assert stored["time"][seen].tolist() == list(times[: e["before"]])
+      item, rating, genre = zip(*before[: e["before"]]) if e["before"] else ((), (), ())
       rating = [f"{x:.0f}" if x else "" for x in rating]
       assert stored["item"][seen].tolist() == [row(tables[1], x) for x in item]
       assert stored["rating"][seen].tolist() == [row(ratings, x) for x in rating]
