@@ -1,7 +1,15 @@
 """Embedding tables on a mesh, whose cost follows the looked-up rows."""
 
-from gemjax.embedding.lookup import assemble
+from gemjax.embedding.lookup import assemble, candidate_units
 from gemjax.embedding.sharded import Plans, ShardedTables, Stacks
 from gemjax.embedding.tables import TableLayout, layout_tables
 
-__all__ = ["Plans", "ShardedTables", "Stacks", "TableLayout", "assemble", "layout_tables"]
+__all__ = [
+  "Plans",
+  "ShardedTables",
+  "Stacks",
+  "TableLayout",
+  "assemble",
+  "candidate_units",
+  "layout_tables",
+]

@@ -62,7 +62,7 @@ class Placed:
   stack: str
   offset: int
   units: int  # Units of width d that one row holds; 0 for a small table.
-  column: int  # Its column of ids_BS; -1 for a sequence feature.
+  column: int  # Its column of ids_BS, or of a history's ids_EC; -1 for a sequence feature.
 
   @property
   def small(self) -> bool:
@@ -77,11 +77,13 @@ class TableLayout:
   stacks: tuple[StackLayout, ...]
   sparse: tuple[Placed, ...]
   sequence: tuple[Placed, ...]
+  history: tuple[Placed, ...]  # Columns of events, history after history; `feature` is the history.
   reasons: tuple[str, ...]  # Why tables lie where they lie, a line a placement, for people.
 
   def positions(self, table: str) -> tuple[StackLayout, int]:
     """(stack, offset): row i of `table` lies at `(offset + i) * multiplier mod rows` of it."""
-    place = next(p for p in (*self.sparse, *self.sequence) if p.table == table)
+    places = (*self.sparse, *self.sequence, *self.history)
+    place = next(p for p in places if p.table == table)
     return next(s for s in self.stacks if s.name == place.stack), place.offset
 
 
@@ -90,7 +92,7 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
 
   A feature of u units reads one row of width u * d (Wukong section 3, "multi-embedding"), and so
   do all features of its table. A table of fewer than `config.small_rows` rows that has neither
-  named units nor a sequence is small: stored `config.small_dim` wide.
+  named units nor a sequence or history is small: stored `config.small_dim` wide.
 
   A table goes where `config.placement` says, else by its size: replicated with at most
   `config.replicated_rows` rows (a batch touches most of them, and combining so few rows among all
@@ -101,14 +103,14 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
     ConfigError: `units` or `placement` names what is not there, features of one table ask for
       different units, or a stack passes 2^34 rows.
   """
-  specs = (*features.sparse, *features.sequence)
-  units = _units(specs, config)
+  units = _units((*features.sparse, *features.sequence), config)
   for name in config.placement:
     if name not in features.tables:
       raise config_lib.ConfigError(
         f"config.embedding.placement names {name!r}, but the tables are {list(features.tables)}"
       )
-  wide = {*units, *(s.table for s in features.sequence)}
+  events = [(h.name, column) for h in features.history for column in enumerate(h.columns)]
+  wide = {*units, *(s.table for s in features.sequence), *(c.table for _, (_, c) in events)}
   rows: dict[tuple[str, int, bool], int] = {}  # (placement, width, small) -> rows so far
   tables: dict[str, tuple[tuple[str, int, bool], int, int]] = {}  # Table -> (stack, offset, units)
   for table, size in features.tables.items():
@@ -120,18 +122,19 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
     rows[stack] = rows.get(stack, 0) + size
   stacks = {key: _stack(*key, size) for key, size in rows.items()}
 
-  def place(spec, column: int) -> Placed:
-    stack, offset, count = tables[spec.table]
+  def place(feature: str, table: str, column: int) -> Placed:
+    stack, offset, count = tables[table]
     name = stacks[stack].name
     return Placed(
-      feature=spec.name, table=spec.table, stack=name, offset=offset, units=count, column=column
+      feature=feature, table=table, stack=name, offset=offset, units=count, column=column
     )
 
   return TableLayout(
     dim=config.dim,
     stacks=tuple(stacks.values()),
-    sparse=tuple(place(s, column) for column, s in enumerate(features.sparse)),
-    sequence=tuple(place(s, -1) for s in features.sequence),
+    sparse=tuple(place(s.name, s.table, column) for column, s in enumerate(features.sparse)),
+    sequence=tuple(place(s.name, s.table, -1) for s in features.sequence),
+    history=tuple(place(name, spec.table, column) for name, (column, spec) in events),
     reasons=tuple(_reasons({t: stack[0] for t, (stack, _, _) in tables.items()}, config)),
   )
 

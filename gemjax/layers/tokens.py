@@ -77,6 +77,32 @@ def mean(tokens: Tokens) -> jax.Array:
   return jagged_pool(tokens.x_ED, tokens.offsets_B1, mode="mean")
 
 
+def total(tokens: Tokens) -> jax.Array:
+  """(B, D): the sum over an example's events; 0 where it has none."""
+  return jagged_pool(tokens.x_ED, tokens.offsets_B1, mode="sum")
+
+
+@jax.custom_vjp
+def spread(x_BD: jax.Array, tokens: Tokens) -> jax.Array:
+  """x_ED: every event's row of its example, 0 where it has none.
+
+  Its gradient is the sum over segments: no atomic adds where events of an example meet.
+  """
+  return x_BD.at[segment_E(tokens)].get(mode="fill", fill_value=0, indices_are_sorted=True)
+
+
+def _spread_forward(x_BD, tokens):
+  return spread(x_BD, tokens), tokens
+
+
+def _spread_backward(tokens, grad_ED):
+  grads = Tokens(jnp.zeros_like(tokens.x_ED), None, None)
+  return total(tokens._replace(x_ED=grad_ED)), grads
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
 def last(tokens: Tokens, count: int) -> jax.Array:
   """(B, M, D): the newest `count` events of every example, zeros in front where there are fewer."""
   return jagged_pool(tokens.x_ED, tokens.offsets_B1, mode="last", k=count)

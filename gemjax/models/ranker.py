@@ -1,18 +1,24 @@
-"""A ranker: the units' input and one of the interaction models, built from a config."""
+"""A ranker: the units' input and one of the models, built from a config."""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from gemjax import config as config_lib
 from gemjax.layers.dropout import Key, fold
+from gemjax.layers.events import EventRows, HistorySpec, pooled
 from gemjax.layers.units import UnitInput
 from gemjax.models.dcnv2 import Dcnv2
+from gemjax.models.din import Din
 from gemjax.models.dlrm import Dlrm
 from gemjax.models.fm import Fm
+from gemjax.models.gem import Gem
+from gemjax.models.interformer import InterFormer
 from gemjax.models.logistic import Logistic
 from gemjax.models.mlp import MlpRanker
+from gemjax.models.sequence_ranker import SequenceRanker
 from gemjax.models.wukong import Wukong
 
 MODELS = {
@@ -22,12 +28,31 @@ MODELS = {
   config_lib.Dlrm: Dlrm,
   config_lib.Dcnv2: Dcnv2,
   config_lib.Mlp: MlpRanker,
+  config_lib.Din: Din,
+  config_lib.Sasrec: SequenceRanker,
+  config_lib.Hstu: SequenceRanker,
+  config_lib.InterFormer: InterFormer,
+  config_lib.Gem: Gem,
 }
 LINEAR = (config_lib.Logistic, config_lib.Fm)
+SEQUENTIAL = (Din, SequenceRanker, InterFormer, Gem)
 
 
 class Ranker(nnx.Module):
-  """(units_BND, small_BSW, dense_BF) -> logits_BT; with a key an example it drops out."""
+  """(units_BND, small_BSW, dense_BF, histories, domain_B) -> logits_BT; with a key an example it
+  drops out.
+
+  A model that reads no histories gets the means over their events as further units (Wukong with
+  pooled history); GEM gets both where its config says so.
+
+  Args:
+    units: N of the looked-up units.
+    small: S of small tables.
+    dense: F.
+    tasks: T.
+    histories: Of the data; `candidate` counts within `units_BND`.
+    domains: Values of GEM's domain feature; 0 for none.
+  """
 
   def __init__(
     self,
@@ -37,12 +62,30 @@ class Ranker(nnx.Module):
     small: int,
     dense: int,
     tasks: int,
+    histories: tuple[HistorySpec, ...] = (),
+    domains: int = 0,
     rngs: nnx.Rngs,
   ):
-    emb, dtype = config.embedding, config.train.dtype
+    emb, dtype, kind = config.embedding, config.train.dtype, MODELS[type(config.model)]
+    if kind in SEQUENTIAL and not isinstance(config.model, config_lib.Gem) and not histories:
+      raise config_lib.ConfigError(
+        f"config.model is {type(config.model).__name__}, which reads histories, but the data have "
+        "none; take Wukong, or prepare data with histories"
+      )
+    self.pooled = kind not in SEQUENTIAL or getattr(config.model, "pooled", False)
+    more = sum(h.units for h in histories) if self.pooled else 0
+    lead = emb.dense_units if dense else 0  # UnitInput puts dense units in front.
+    own = {}
+    if kind in SEQUENTIAL:
+      at = lambda place: place if place < 0 else place + lead
+      own["histories"] = tuple(
+        h._replace(candidate=tuple(at(place) for place in h.candidate)) for h in histories
+      )
+    if kind is Gem:
+      own["domains"] = domains
     self.inputs = UnitInput(
       dim=emb.dim,
-      units=units,
+      units=units + more,
       dense=dense,
       # A linear model stays linear in its dense features.
       dense_mlp=() if isinstance(config.model, LINEAR) else emb.dense_mlp,
@@ -54,12 +97,30 @@ class Ranker(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.model = MODELS[type(config.model)](
-      config.model, units=self.inputs.units, dim=emb.dim, tasks=tasks, dtype=dtype, rngs=rngs
+    self.model = kind(
+      config.model,
+      units=self.inputs.units,
+      dim=emb.dim,
+      tasks=tasks,
+      dtype=dtype,
+      rngs=rngs,
+      **own,
     )
 
   def __call__(
-    self, units_BND: jax.Array, small_BSW: jax.Array, dense_BF: jax.Array, key_B: Key = None
+    self,
+    units_BND: jax.Array,
+    small_BSW: jax.Array,
+    dense_BF: jax.Array,
+    key_B: Key = None,
+    histories: dict[str, EventRows] | None = None,
+    domain_B: jax.Array | None = None,
   ) -> jax.Array:
+    histories = histories or {}
+    if self.pooled and histories:
+      means = [pooled(rows) for rows in histories.values()]
+      units_BND = jnp.concatenate([units_BND, *means], 1)
     x_BND = self.inputs(units_BND, small_BSW, dense_BF, fold(key_B, 0))
-    return self.model(x_BND, fold(key_B, 1))
+    args = (histories,) if isinstance(self.model, SEQUENTIAL) else ()
+    more = {"domain_B": domain_B} if isinstance(self.model, Gem) else {}
+    return self.model(x_BND, *args, fold(key_B, 1), **more)

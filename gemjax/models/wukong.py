@@ -32,15 +32,11 @@ from gemjax import config as config_lib
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.interaction import FactorizationMachine, UnitLinear
 from gemjax.layers.mlp import Mlp
+from gemjax.layers.norm import layer_norm
 from gemjax.models.heads import Heads
 
 # Parameters of the scanned layers have an axis more.
-_STACKED = {nnx.PARTITION_NAME: None, "axes": "layer"}
-
-
-def _layer_norm(width: int, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
-  axes = {"axes": ("width",)}
-  return nnx.LayerNorm(width, dtype=dtype, rngs=rngs, scale_metadata=axes, bias_metadata=axes)
+STACKED = {nnx.PARTITION_NAME: None, "axes": "layer"}
 
 
 class WukongLayer(nnx.Module):
@@ -49,7 +45,7 @@ class WukongLayer(nnx.Module):
   def __init__(self, config: config_lib.Wukong, units: int, dim: int, dtype: str, rngs: nnx.Rngs):
     outputs = config.fmb_units + config.lcb_units
     self.fm = FactorizationMachine(config.fm, units, dim, config.rank, dtype=dtype, rngs=rngs)
-    self.fm_norm = _layer_norm(self.fm.outputs, dtype, rngs)
+    self.fm_norm = layer_norm(self.fm.outputs, dtype, rngs)
     self.mlp = Mlp(
       self.fm.outputs,
       config.mlp,
@@ -61,7 +57,7 @@ class WukongLayer(nnx.Module):
     self.compress = UnitLinear(units, config.lcb_units, dtype=dtype, rngs=rngs)
     same = units == outputs
     self.residual = None if same else UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
-    self.norm = _layer_norm(dim, dtype, rngs)
+    self.norm = layer_norm(dim, dtype, rngs)
     self.dim = dim
 
   def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
@@ -90,7 +86,7 @@ class Wukong(nnx.Module):
     self.first = None if units == outputs else make(units, rngs)
     self.depth = config.layers - (self.first is not None)
     stack = nnx.split_rngs(splits=max(1, self.depth))(
-      nnx.vmap(lambda rngs: make(outputs, rngs), transform_metadata=_STACKED)
+      nnx.vmap(lambda rngs: make(outputs, rngs), transform_metadata=STACKED)
     )
     self.layers = stack(rngs) if self.depth else None
     self.heads = Heads(outputs * dim, config.head, tasks, config.dropout, dtype, rngs)

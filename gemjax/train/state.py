@@ -14,14 +14,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemjax import config as config_lib
 from gemjax import metrics
 from gemjax.config import DATA, MODEL
-from gemjax.embedding import ShardedTables, Stacks, TableLayout, assemble, layout_tables
+from gemjax.embedding import (
+  ShardedTables,
+  Stacks,
+  TableLayout,
+  assemble,
+  candidate_units,
+  layout_tables,
+)
 from gemjax.features import Batch, FeatureSet
+from gemjax.layers.events import EventRows, HistorySpec
 from gemjax.models import Ranker
 from gemjax.parallel.mesh import make_mesh
 from gemjax.parallel.placement import param_specs, state_specs
 from gemjax.train.optimizer import dense_optimizer, schedule
 
 NEVER = 2**31 - 1
+MAX_DOMAINS = 64
 
 
 class TrainState(NamedTuple):
@@ -50,8 +59,17 @@ class Trainer:
 
   def predict(self, params, rows, batch: Batch, key_B=None) -> jax.Array:
     """logits_BT of a batch from its looked-up rows; with keys it drops out."""
-    units_BND, small_BSW = assemble(self.tables.layout, rows, batch)
-    return nnx.merge(self.graph, params)(units_BND, small_BSW, batch.dense_BF, key_B)
+    looked = assemble(self.tables.layout, rows, batch)
+    histories = {
+      name: EventRows(looked.events_EFD[name], events.age_E, events.lengths_B)
+      for name, events in batch.histories.items()
+    }
+    domain_B = None
+    if (column := _domain(self.config, self.features)) is not None:
+      domain_B = batch.ids_BS[:, column]
+      domain_B = domain_B[..., 0].astype(jnp.int32) if self.features.wide else domain_B
+    ranker = nnx.merge(self.graph, params)
+    return ranker(looked.units_BND, looked.small_BSW, batch.dense_BF, key_B, histories, domain_B)
 
   @property
   def shardings(self) -> TrainState:
@@ -183,11 +201,38 @@ def _finite(tree):
 
 def _ranker(config: config_lib.Config, features: FeatureSet, layout: TableLayout) -> Ranker:
   wide = [p.units for p in (*layout.sparse, *layout.sequence) if not p.small]
+  histories = []
+  for history in features.history:
+    candidate = candidate_units(layout, history.name)
+    length = min(history.max_length, config.data.history or history.max_length)
+    histories.append(HistorySpec(history.name, len(candidate), length, candidate))
+  column = _domain(config, features)
   return Ranker(
     config,
     units=sum(wide),
     small=sum(p.small for p in layout.sparse),
     dense=len(features.dense),
     tasks=len(features.tasks),
+    histories=tuple(histories),
+    domains=0 if column is None else features.sparse[column].size,
     rngs=nnx.Rngs(config.train.seed),
+  )
+
+
+def _domain(config: config_lib.Config, features: FeatureSet) -> int | None:
+  """The column of ids_BS that names an example's domain, if the model has domains."""
+  name = getattr(config.model, "domain", "")
+  if not name:
+    return None
+  for column, feature in enumerate(features.sparse):
+    if feature.name == name:
+      if feature.size > MAX_DOMAINS:
+        raise config_lib.ConfigError(
+          f"config.model.domain is {name!r} with {feature.size:,} rows, but every row has heads of "
+          f"its own; name a feature of at most {MAX_DOMAINS}"
+        )
+      return column
+  raise config_lib.ConfigError(
+    f"config.model.domain is {name!r}, but the sparse features are "
+    f"{[f.name for f in features.sparse]}"
   )

@@ -1,0 +1,79 @@
+"""What sequences and interactions tell each other (InterFormer, arXiv 2411.09852, section 4.3).
+
+  X_sum = Gating(W X), W in R^{n_sum x n}                 units -> sequences
+  S_sum = Gating([first tokens | PMA(S) | newest tokens])  sequences -> units
+
+Letters: B examples, N units, M summary units, D width, E tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemjax.config import Attention
+from gemjax.layers import tokens as tokens_lib
+from gemjax.layers.attention import CrossAttention, Pma
+from gemjax.layers.gating import Gating
+from gemjax.layers.interaction import UnitLinear
+from gemjax.layers.tokens import Tokens
+from pallas_kernels import jagged_to_dense
+
+
+class UnitSummary(nnx.Module):
+  """X_sum: (B, N, D) -> (B, M, D)."""
+
+  def __init__(
+    self, units: int, outputs: int, dim: int, gating: str, *, dtype: str, rngs: nnx.Rngs
+  ):
+    self.compress = UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
+    self.gate = Gating(gating, dim, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    return self.gate(self.compress(x_BND))
+
+
+class SequenceSummary(nnx.Module):
+  """S_sum without its gate: (B, M, D), what leaves a sequence, M = `units`.
+
+  Args:
+    attention: Of the pooling.
+    dim: D.
+    first: Tokens at the front of every sequence (CLS) that are passed on.
+    cross: Queries that the caller brings (X_sum), which attend over the sequence; 0 for none. Ours.
+    pma: Learnt queries that attend over the sequence.
+    recent: Newest tokens that are passed on; zeros where there are fewer, `first` not counted.
+  """
+
+  def __init__(
+    self,
+    attention: Attention,
+    dim: int,
+    *,
+    first: int = 0,
+    cross: int = 0,
+    pma: int = 0,
+    recent: int = 0,
+    dtype: str,
+    rngs: nnx.Rngs,
+  ):
+    self.first, self.recent, self.units = first, recent, first + cross + pma + recent
+    make = {"dtype": dtype, "rngs": rngs}
+    self.cross = CrossAttention(attention, dim, **make) if cross else None
+    self.pma = Pma(attention, dim, pma, **make) if pma else None
+
+  def __call__(self, tokens: Tokens, query_BMD: jax.Array | None = None) -> jax.Array:
+    parts = []
+    if self.first:
+      parts.append(jagged_to_dense(tokens.x_ED, tokens.offsets_B1, self.first))
+    if self.cross is not None:
+      parts.append(self.cross(query_BMD, tokens))
+    if self.pma is not None:
+      parts.append(self.pma(tokens))
+    if self.recent:
+      newest_BKD = tokens_lib.last(tokens, self.recent)
+      length_B = jnp.diff(tokens.offsets_B1) - self.first
+      there_BK = jnp.arange(self.recent, 0, -1) <= length_B[:, None]
+      parts.append(jnp.where(there_BK[..., None], newest_BKD, 0))
+    return jnp.concatenate(parts, 1)
