@@ -19,6 +19,7 @@ OPS = (
   "embedding_bag",
   "jagged_dense",
   "jagged_concat",
+  "jagged_matmul",
   "rowwise_adagrad",
   "fm_interaction",
   "quantize_fp8",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, rows, segments
-from pallas_kernels.jagged_matmul import reference, xla
+from pallas_kernels.jagged_matmul import reference, triton, xla
 
 _OP = "jagged_matmul"
 
@@ -87,7 +87,10 @@ def _dispatch(name, implementation, x, other, offsets_S1, **static):
   return dispatch.dispatch(
     _OP,
     implementation,
-    {"xla": functools.partial(getattr(xla, name), **static)},
+    {
+      "xla": functools.partial(getattr(xla, name), **static),
+      "triton": functools.partial(getattr(triton, name), **static),
+    },
     x,
     other,
     offsets_S1,
