@@ -1,0 +1,72 @@
+"""The experiment of the next item: a sequence tower alone, without a candidate's features."""
+
+import dataclasses
+from typing import Any
+
+from gemjax import fields
+from gemjax.config.experiment import Optimizer
+from gemjax.config.laws import one_of, real
+from gemjax.config.sequences import Attention, validate_attention
+from gemjax.fields import need
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Tower:
+  """See gemjax/models/next_item.py."""
+
+  cell: str = "hstu"  # hstu | transformer
+  layers: int = 2
+  dim: int = 64
+  attention: Attention = dataclasses.field(default_factory=Attention)
+  hidden: int = 128  # Of a transformer's feed-forward part.
+  dropout: float = 0.2
+  temperature: float = 0.05
+  negatives: int = 0  # Items that a step's softmax is taken over; 0: all.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class NextItem:
+  """One experiment: trains on every item but the held-out ones, then ranks all items."""
+
+  name: str
+  path: str = "ml-1m"  # Folder of MovieLens.
+  length: int = 200  # Newest events of a user that are read.
+  split: str = "test"  # test: each user's last item; valid: the one before it, the last unread.
+  batch_size: int = 128  # Users.
+  epochs: int = 40
+  eval_every: int = 10  # Epochs between two looks at the held-out items.
+  seed: int = 0
+  tower: Tower = dataclasses.field(default_factory=Tower)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+
+  def to_json(self) -> dict[str, Any]:
+    return fields.to_json(self)
+
+  def validate(self) -> None:
+    """Raises ConfigError for the first field outside its law."""
+    fields.check_types(self)
+    tower, opt = self.tower, self.optimizer
+    need(self.path, "path", self.path, "a folder")
+    for name in ("length", "batch_size", "epochs", "eval_every"):
+      need(getattr(self, name) > 0, name, getattr(self, name), "positive")
+    need(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+    one_of(self.split, "split", "test", "valid")
+    one_of(tower.cell, "tower.cell", "hstu", "transformer")
+    for name in ("layers", "dim", "hidden"):
+      need(getattr(tower, name) > 0, f"tower.{name}", getattr(tower, name), "positive")
+    need(tower.negatives >= 0, "tower.negatives", tower.negatives, "at least 0")
+    need(real(tower.dropout) and tower.dropout < 1, "tower.dropout", tower.dropout, "in [0, 1)")
+    law = "a finite number above 0"
+    need(
+      real(tower.temperature) and tower.temperature > 0,
+      "tower.temperature", tower.temperature, law,
+    )  # fmt: skip
+    validate_attention(tower.attention, "tower.attention")
+    heads = tower.attention.heads
+    law = f"a multiple of {heads} heads"
+    need(tower.dim % heads == 0, "tower.dim", tower.dim, law)
+    for name in ("learning_rate", "clip_norm", "l2"):
+      value = getattr(opt, name)
+      need(real(value), f"optimizer.{name}", value, "a finite number of at least 0")
+    need(real(opt.warmup, high=1.0), "optimizer.warmup", opt.warmup, "a share of steps in [0, 1]")
+    one_of(opt.schedule, "optimizer.schedule", "constant", "linear", "cosine")

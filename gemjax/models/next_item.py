@@ -1,0 +1,67 @@
+"""Which item comes next: blocks of attention over a user's events, and the nearest items.
+
+    X     = dropout(sqrt(D) I[item] + P[place])
+    X     = block_l(X)                                  for the layers l
+    score = X/|X| . I[v]/|I[v]| / temperature           of every event and item v
+
+The item table I is input and output. Blocks are causal: the scores of an event know it and what
+came before. Places count from the oldest event of a sequence, because the newest is another one
+for every event that predicts.
+
+Source: the public experiments of HSTU (arXiv 2402.17152, 4.1.1), there for both kinds of blocks.
+Letters: B users, E slots for events, D width, Q queries, V items, L places.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemjax.config.next_item import Tower
+from gemjax.layers.dropout import Key, dropout, fold
+from gemjax.layers.hstu import HstuBlock
+from gemjax.layers.tokens import Tokens, event_keys, segment_E
+from gemjax.layers.transformer import TransformerBlock
+
+_SMALLEST = 1e-12  # Of a squared norm.
+
+
+class NextItemTower(nnx.Module):
+  """(item_E, age_E, offsets_B1) -> queries x_ED, for `score`."""
+
+  def __init__(self, config: Tower, *, items: int, length: int, rngs: nnx.Rngs):
+    born = lambda rows, scale: nnx.Param(
+      scale * jax.random.truncated_normal(rngs.params(), -2, 2, (rows, config.dim)),
+      axes=("width", "width"),
+    )
+    self.item_VD, self.place_LD = born(items, 0.02), born(length, config.dim**-0.5)
+    common = {"dropout": config.dropout, "dtype": "float32", "rngs": rngs}
+    if config.cell == "hstu":
+      block = lambda: HstuBlock(config.attention, config.dim, norm=length, **common)
+    else:
+      block = lambda: TransformerBlock(
+        config.attention, config.dim, causal=True, hidden=config.hidden, **common
+      )
+    self.blocks = nnx.List([block() for _ in range(config.layers)])
+    self.config = config
+
+  def __call__(self, item_E, age_E, offsets_B1, key_B: Key = None) -> jax.Array:
+    x_ED = self.item_VD[item_E] * self.config.dim**0.5
+    tokens = Tokens(x_ED, offsets_B1, age_E)
+    place_E = jnp.arange(len(item_E)) - offsets_B1[segment_E(tokens)]
+    x_ED = x_ED + self.place_LD.at[place_E].get(mode="clip")
+    x_ED = dropout(x_ED, self.config.dropout, event_keys(fold(key_B, 0), tokens))
+    for i, block in enumerate(self.blocks):
+      x_ED = block(tokens._replace(x_ED=x_ED), fold(key_B, 1 + i))
+    return x_ED
+
+  def score(self, x_QD: jax.Array, item: jax.Array | None = None) -> jax.Array:
+    """score_QV of all items, or of `item`: V that all queries share, or (Q, V), V of each."""
+    i = self.item_VD[...] if item is None else self.item_VD[item]
+    equation = "qd,vd->qv" if i.ndim == 2 else "qd,qvd->qv"
+    return jnp.einsum(equation, _unit(x_QD), _unit(i)) / self.config.temperature
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), _SMALLEST))

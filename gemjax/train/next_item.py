@@ -1,0 +1,203 @@
+"""Training of a sequence tower on the next item, and its ranking of all items.
+
+The protocol is that of generative-recommenders: a user's last item is held out, all others train;
+then all items are ranked but those among the `length` events that are read. What it leaves open:
+equal scores count against the target; epochs and all else are chosen with the split "valid", where
+the item before the last is held out and the last is never read; the last epoch is reported, not
+the best. One device; the item table is a dense parameter.
+
+Letters: E slots for events, B users of a batch, U users, V items, N negatives, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from gemjax import fields
+from gemjax.checkpoint import Checkpoints
+from gemjax.config.next_item import NextItem
+from gemjax.data.next_item import Batch, Sequences, read_events
+from gemjax.layers.dropout import example_keys
+from gemjax.metrics.ranking import ranking, ranks
+from gemjax.models.next_item import NextItemTower
+from gemjax.train.optimizer import dense_optimizer
+from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, WorkdirError, write_json
+
+# Items at the end of every user that training, and the question asked of it, must not read.
+_HELD_OUT = {"test": 0, "valid": 1}
+
+
+class NotFiniteError(RuntimeError):
+  """A loss that is no number."""
+
+
+class State(NamedTuple):
+  """All that training changes."""
+
+  step: jax.Array
+  params: Any
+  opt_state: optax.OptState
+
+
+def next_item_loss(
+  tower: NextItemTower, x_ED: jax.Array, next_E: jax.Array, negative_N: jax.Array | None
+) -> jax.Array:
+  """Mean over events of -log softmax(score)[next], in nats; slots with next -1 do not count.
+
+  With `negative_N`, items drawn alike and without repetition, the softmax is taken over the next
+  item and the others among them, each of which stands for (V - 1) / N items.
+  """
+  real_E = next_E >= 0
+  next_E = jnp.maximum(next_E, 0)
+  if negative_N is None:
+    score_EV = tower.score(x_ED)
+    right_E = jnp.take_along_axis(score_EV, next_E[:, None], axis=1)[:, 0]
+    loss_E = jax.nn.logsumexp(score_EV, axis=1) - right_E
+  else:
+    right_E = tower.score(x_ED, next_E[:, None])[:, 0]
+    score_EN = tower.score(x_ED, negative_N)
+    score_EN += math.log((tower.item_VD.shape[0] - 1) / len(negative_N))
+    score_EN = jnp.where(negative_N == next_E[:, None], -jnp.inf, score_EN)
+    loss_E = jnp.logaddexp(jax.nn.logsumexp(score_EN, axis=1), right_E) - right_E
+  return jnp.sum(jnp.where(real_E, loss_E, 0)) / jnp.maximum(jnp.sum(real_E), 1)
+
+
+class Trainer:
+  """The programs of one run."""
+
+  def __init__(self, config: NextItem, items: int, steps: int):
+    self.config, self.items = config, items
+    self.optimizer = dense_optimizer(config.optimizer, steps)
+    self.graph = nnx.graphdef(nnx.eval_shape(self._tower))
+    self.born = jax.jit(self._born)
+    self.step = jax.jit(self._step, donate_argnums=0)
+    self.ranks = jax.jit(self._ranks)
+
+  def _tower(self) -> NextItemTower:
+    config = self.config
+    rngs = nnx.Rngs(config.seed)
+    return NextItemTower(config.tower, items=self.items, length=config.length, rngs=rngs)
+
+  def _born(self) -> State:
+    params = nnx.to_pure_dict(nnx.state(self._tower(), nnx.Param))
+    return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+
+  def _step(self, state: State, batch: Batch) -> tuple[State, jax.Array]:
+    # A key of (seed, step): a resumed run draws what the unbroken one would have drawn.
+    key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+    key_B = example_keys(jax.random.fold_in(key, 0), 0, len(batch.offsets_B1) - 1)
+    negative_N, drawn = None, self.config.tower.negatives
+    if 0 < drawn < self.items:
+      drawn_key = jax.random.fold_in(key, 1)
+      negative_N = jax.random.choice(drawn_key, self.items, (drawn,), replace=False)
+
+    def loss_of(params):
+      tower = nnx.merge(self.graph, params)
+      x_ED = tower(batch.item_E, batch.age_E, batch.offsets_B1, key_B)
+      return next_item_loss(tower, x_ED, batch.next_E, negative_N)
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+    return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss
+
+  def _ranks(self, params, batch: Batch) -> jax.Array:
+    """rank_B of the item after each user's newest event."""
+    tower = nnx.merge(self.graph, params)
+    x_ED = tower(batch.item_E, batch.age_E, batch.offsets_B1)
+    newest_B = jnp.maximum(batch.offsets_B1[1:] - 1, 0)
+    score_BV = tower.score(x_ED[newest_B])
+    user_E = jnp.searchsorted(batch.offsets_B1[1:], jnp.arange(len(batch.item_E)), side="right")
+    score_BV = score_BV.at[user_E, batch.item_E].set(-jnp.inf, mode="drop")  # Room: no user.
+    return ranks(score_BV, jnp.maximum(batch.next_E[newest_B], 0))
+
+
+def train_next_item(config: NextItem, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains to the last epoch and returns the summary; the same call resumes what was interrupted.
+
+  Raises:
+    ConfigError, RawDataError, WorkdirError: before any work.
+    CheckpointError: a checkpoint cannot be read or written.
+    NotFiniteError: with the epoch; the last checkpoint is from before.
+  """
+  config.validate()
+  events = read_events(pathlib.Path(config.path))
+  held_out = _HELD_OUT[config.split]
+  train = Sequences(events, config.length, held_out + 1, config.batch_size)
+  asked = Sequences(events, config.length, held_out, config.batch_size)
+  trainer = Trainer(config, events.items, config.epochs * train.batches)
+  with (
+    Workdir(workdir) as folder,
+    contextlib.closing(Checkpoints(folder.path / CHECKPOINTS)) as checkpoints,
+  ):
+    state, notes = _begin(trainer, checkpoints)
+    for epoch in range(int(state.step) // train.batches, config.epochs):
+      start = time.perf_counter()
+      rng = np.random.default_rng((config.seed, epoch))
+      losses = []
+      for batch in train.epoch(rng):
+        state, loss = trainer.step(state, batch)
+        losses.append(loss)
+      notes["loss"] = float(np.mean(jax.device_get(losses)))
+      notes["seconds"] += time.perf_counter() - start
+      done = epoch + 1
+      if not math.isfinite(notes["loss"]):
+        raise NotFiniteError(
+          f"epoch {done}: the loss is {notes['loss']}; lower config.optimizer.learning_rate, or "
+          "set config.optimizer.clip_norm"
+        )
+      line = f"epoch {done:>3}/{config.epochs}  loss {notes['loss']:.4f}"
+      if done % config.eval_every == 0 or done == config.epochs:
+        notes["found"] = ranking(ranks_of_next(trainer, state.params, asked))
+        checkpoints.save(int(state.step), state, notes, best=None)
+        line += "".join(f"  {name} {x:.4f}" for name, x in notes["found"].items())
+      print(f"{line}  {notes['seconds']:,.0f} s", flush=True)
+    checkpoints.wait()
+    summary = {
+      "name": config.name,
+      "train": {
+        "loss": notes["loss"],
+        "epochs": config.epochs,
+        "steps": int(state.step),
+        "seconds": notes["seconds"],  # Compilation included.
+        "sequences_per_second": config.epochs * len(train.length_U) / notes["seconds"],
+        "events_per_second": config.epochs * int(train.length_U.sum()) / notes["seconds"],
+      },
+      config.split: notes["found"] | {"users": len(asked.length_U), "items": events.items},
+      "params": sum(x.size for x in jax.tree.leaves(state.params)),
+      "device": jax.devices()[0].device_kind,
+      "seed": config.seed,
+    }
+    write_json(folder.path / SUMMARY, summary)
+  return summary
+
+
+def ranks_of_next(trainer: Trainer, params: Any, asked: Sequences) -> np.ndarray:
+  """rank_U of every user's next item."""
+  rank_U = np.empty(len(asked.length_U), np.int32)
+  order_U = np.argsort(-asked.length_U, kind="stable")
+  for i in range(asked.batches):  # Users of all lengths, as `room` wants them.
+    user_B = order_U[i :: asked.batches]
+    rank_U[user_B] = trainer.ranks(params, asked.pack(user_B))[: len(user_B)]
+  return rank_U
+
+
+def _begin(trainer: Trainer, checkpoints: Checkpoints) -> tuple[State, dict[str, Any]]:
+  """The state and the notes of the last checkpoint, or those before the first step."""
+  tree = trainer.config.to_json()
+  if not checkpoints.steps:
+    return trainer.born(), {"config": tree, "seconds": 0.0}
+  restored = checkpoints.restore(jax.eval_shape(trainer.born))
+  if found := fields.difference(restored.notes["config"], tree, free=("name", "path")):
+    raise WorkdirError(f"the folder holds a run in which {found}; name another --workdir")
+  print(f"resuming from the checkpoint of step {restored.step:,}", flush=True)
+  return restored.state, restored.notes
