@@ -1,5 +1,6 @@
 """Balance: which examples share a batch, and which a device, decided by what they cost.
 
+`alike` deals blocks to windows, whose mean costs differ where the file is in order of time.
 `groups` deals the examples of a window to its batches, `halves` those of a batch to its halves,
 quarters and so on, so that every power of two of devices gets parts of nearly equal cost and the
 stream does not depend on the mesh. Both deal from the costliest example down, and give the
@@ -12,6 +13,16 @@ Letters: n examples, G groups.
 from __future__ import annotations
 
 import numpy as np
+
+
+def alike(blocks: int, most: int, rng: np.random.Generator) -> list[np.ndarray]:
+  """Windows of up to `most` blocks: of each W neighbours in the file, each of W windows has one."""
+  count = -(-blocks // most)
+  rows = [
+    rng.permutation(np.arange(first, min(first + count, blocks)))
+    for first in range(0, blocks, count)
+  ]
+  return [np.array([row[w] for row in rows if w < len(row)]) for w in range(count)]
 
 
 def groups(cost_n: np.ndarray, sizes_G: list[int], rng: np.random.Generator) -> np.ndarray:

@@ -9,10 +9,11 @@ process p of P takes rows [p B / P, (p + 1) B / P) of the same batches, however 
 before. B and the seed must be those of the run that is resumed. The batch is made for a mesh of N
 devices, the shards: shard s is rows [s B / N, (s + 1) B / N), with its events packed by itself.
 
-With a `cost`, the examples of a window are dealt to its batches so that all cost alike, and those
-of a batch to its halves, quarters and so on (balance.py): still a permutation of the window, and
-still of (seed, epoch, window) and B alone, so that neither processes nor devices change a batch.
-Slots for events are those of the costliest shard among the batches of the first window, and a
+With a `cost`, blocks are dealt to windows so that each has some of every part of the file, examples
+to batches so that all cost alike, and those of a batch to its halves, quarters and so on
+(balance.py). It is all a function of the seed, the epoch and B: neither processes nor devices
+change a batch.
+Slots for events are those of the fullest shard among the batches of the first windows, and a
 margin, unless a batch needs more: one program, as a rule.
 """
 
@@ -25,7 +26,7 @@ from collections.abc import Callable
 import grain
 import numpy as np
 
-from gemjax.data.balance import groups, halves
+from gemjax.data.balance import alike, groups, halves
 from gemjax.data.block_reader import BlockReader
 from gemjax.data.blocks import Columns
 from gemjax.data.packing import make_batch, most_events
@@ -35,7 +36,7 @@ from gemjax.features import HISTORY_STEPS, Batch, event_capacity
 
 # Batches in flight touch the window that ends and the one that begins; the third is slack.
 RECENT_WINDOWS = 3
-MARGIN = 0.03  # Share of slots beyond what the first window needs: later windows differ a little.
+MARGIN = 0.03  # Share of slots beyond what the first windows need: later ones differ a little.
 
 # Events that each example sees, by history, to what each example costs.
 Cost = Callable[[dict[str, np.ndarray]], np.ndarray]
@@ -210,19 +211,21 @@ class Batches(grain.MapDataset[Batch]):
       yield columns, order[offset - bounds[w] : end - bounds[w]]
       first += end - offset
 
-  def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of the blocks, and the position in the epoch where each window begins and ends."""
-    blocks = len(self._reader.sizes)
-    order = np.arange(blocks) if self._seed is None else self._random(epoch, 0).permutation(blocks)
-    ends = np.cumsum(self._reader.sizes[order])
-    last = [*range(self._window_blocks - 1, blocks - 1, self._window_blocks), blocks - 1]
-    return order, np.concatenate([[0], ends[last]])
+  def _make_epoch(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The blocks of each window, and the position in the epoch where each begins and ends."""
+    blocks, most = len(self._reader.sizes), self._window_blocks
+    if self._seed is not None and self._cost is not None:
+      windows = alike(blocks, most, self._random(epoch, 0))
+    else:
+      order = np.arange(blocks)
+      order = order if self._seed is None else self._random(epoch, 0).permutation(blocks)
+      windows = np.split(order, range(most, blocks, most))
+    return windows, np.cumsum([0, *(self._reader.sizes[window].sum() for window in windows)])
 
   def _make_window(self, key: tuple[int, int]) -> tuple[Columns, np.ndarray]:
     """The examples of a window as they lie on disk, and the order in which to take them."""
     epoch, w = key
-    blocks = self._epochs(epoch)[0][w * self._window_blocks : (w + 1) * self._window_blocks]
-    columns = concatenate([self._reader.read(b) for b in blocks])
+    columns = concatenate([self._reader.read(b) for b in self._epochs(epoch)[0][w]])
     for name, longest in self._longest.items():
       past_n = columns[f"{name}.stop"] - columns[f"{name}.start"]
       columns[f"{name}.lengths"] = np.minimum(past_n, longest).astype(np.int32)
@@ -271,7 +274,8 @@ class Batches(grain.MapDataset[Batch]):
       return {}
     count, margin = len(self), 0.0  # Evaluation sees what is measured here.
     if self._seed is not None:
-      count, margin = max(1, int(self._epochs(0)[1][1]) // self._batch_size), MARGIN
+      bounds = self._epochs(0)[1][: RECENT_WINDOWS + 1]
+      count, margin = max(1, int(bounds[-1]) // self._batch_size), MARGIN
     most = [self._events(*self._examples_of(t)) for t in range(count)]
     events = {name: max(m[name] for m in most) for name in self._longest}
     return {name: n + int(n * margin) for name, n in events.items()}
