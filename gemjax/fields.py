@@ -1,8 +1,8 @@
 """Typed fields of nested dataclasses: checked, written as JSON, read back, and compared.
 
-A field is a whole number, a number, true or false, text, a tuple of whole numbers, a dict from names
-to numbers or text, or another dataclass: one, or where the annotation is a union one of several
-"kinds".
+A field is a whole number, a number, true or false, text, a tuple of whole numbers, a dict from
+names to numbers or text, or another dataclass: one, or where the annotation is a union one of
+several "kinds".
 """
 
 import dataclasses

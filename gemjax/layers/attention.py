@@ -150,6 +150,7 @@ class CrossAttention(nnx.Module):
 class Pma(nnx.Module):
   """Pooling by multi-head attention: MHA(Q learned, K = S, V = S), (B, M, D).
 
+  Queries of the caller may attend in the same pass, before the seeds: keys are made once.
   Seeds are born N(0, 1), as normed events are, so that scores have variance 1 from the start.
   Source: Set Transformer (arXiv 1810.00825), without its feed-forward part, as in InterFormer.
   """
@@ -157,9 +158,16 @@ class Pma(nnx.Module):
   def __init__(
     self, config: config_lib.Attention, dim: int, seeds: int, *, dtype: str, rngs: nnx.Rngs
   ):
-    seeds_MD = jax.random.normal(rngs.params(), (seeds, dim))
-    self.seeds_MD = nnx.Param(seeds_MD, axes=("width", "width"))
+    born = lambda: jax.random.normal(rngs.params(), (seeds, dim))
+    self.seeds_MD = nnx.Param(born(), axes=("width", "width")) if seeds else None
     self.attention = CrossAttention(config, dim, dtype=dtype, rngs=rngs)
 
-  def __call__(self, tokens: Tokens) -> jax.Array:
-    return self.attention(self.seeds_MD[...][None], tokens)
+  def __call__(self, tokens: Tokens, others_BMD: jax.Array | None = None) -> jax.Array:
+    if self.seeds_MD is None:
+      return self.attention(others_BMD, tokens)
+    seeds_BMD = self.seeds_MD[...][None]
+    if others_BMD is None:
+      return self.attention(seeds_BMD, tokens)
+    seeds_BMD = jnp.broadcast_to(seeds_BMD, (len(others_BMD), *seeds_BMD.shape[1:]))
+    seeds_BMD = seeds_BMD.astype(others_BMD.dtype)
+    return self.attention(jnp.concatenate([others_BMD, seeds_BMD], 1), tokens)

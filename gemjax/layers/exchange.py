@@ -14,7 +14,7 @@ from flax import nnx
 
 from gemjax.config import Attention
 from gemjax.layers import tokens as tokens_lib
-from gemjax.layers.attention import CrossAttention, Pma
+from gemjax.layers.attention import Pma
 from gemjax.layers.gating import Gating
 from gemjax.layers.interaction import UnitLinear
 from gemjax.layers.tokens import Tokens
@@ -37,12 +37,15 @@ class UnitSummary(nnx.Module):
 class SequenceSummary(nnx.Module):
   """S_sum without its gate: (B, M, D), what leaves a sequence, M = `units`.
 
+  Queries of the caller (X_sum) and learnt ones (PMA) attend in one pass over the same keys. Queries
+  of the caller are ours.
+
   Args:
     attention: Of the pooling.
     dim: D.
     first: Tokens at the front of every sequence (CLS) that are passed on.
-    cross: Queries that the caller brings (X_sum), which attend over the sequence; 0 for none. Ours.
-    pma: Learnt queries that attend over the sequence.
+    cross: Queries that the caller brings; 0 for none.
+    pma: Learnt queries.
     recent: Newest tokens that are passed on; zeros where there are fewer, `first` not counted.
   """
 
@@ -58,19 +61,17 @@ class SequenceSummary(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
   ):
-    self.first, self.recent, self.units = first, recent, first + cross + pma + recent
-    make = {"dtype": dtype, "rngs": rngs}
-    self.cross = CrossAttention(attention, dim, **make) if cross else None
-    self.pma = Pma(attention, dim, pma, **make) if pma else None
+    self.first, self.cross, self.recent = first, cross, recent
+    self.units = first + cross + pma + recent
+    pool = lambda: Pma(attention, dim, pma, dtype=dtype, rngs=rngs)
+    self.pool = pool() if cross or pma else None
 
   def __call__(self, tokens: Tokens, query_BMD: jax.Array | None = None) -> jax.Array:
     parts = []
     if self.first:
       parts.append(jagged_to_dense(tokens.x_ED, tokens.offsets_B1, self.first))
-    if self.cross is not None:
-      parts.append(self.cross(query_BMD, tokens))
-    if self.pma is not None:
-      parts.append(self.pma(tokens))
+    if self.pool is not None:
+      parts.append(self.pool(tokens, query_BMD if self.cross else None))
     if self.recent:
       newest_BKD = tokens_lib.last(tokens, self.recent)
       length_B = jnp.diff(tokens.offsets_B1) - self.first

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from gemjax import config as config_lib
 from gemjax.config import DATA, MODEL
 from gemjax.embedding.lookup import positions
-from gemjax.features import Batch, FeatureSet, Jagged, event_capacity
+from gemjax.features import HISTORY_STEPS, Batch, Events, FeatureSet, Jagged, event_capacity
 from gemjax.parallel.arrays import BATCH
 from gemjax.plan import target
 from gemjax.plan.compile import Compiled, compile_for
@@ -82,7 +82,7 @@ def plan_training(
     )
   devices = Mesh(target.devices(topology).reshape(data, model), (DATA, MODEL))
   trainer = make_trainer(config, features, STEPS, devices)
-  batch = _abstract(devices, _batch(features, config.data.batch_size, topology.size))
+  batch = _abstract(devices, _batch(config, features, topology.size))
   if not trainer.tables.measured:
     trainer = dataclasses.replace(trainer, tables=_with_room(trainer, batch))
   plans = _abstract(devices, jax.eval_shape(functools.partial(plan_step, trainer), batch))
@@ -110,9 +110,9 @@ def plan_training(
   return PlannedStep(trainer, compiled, budget)
 
 
-def _batch(features: FeatureSet, examples: int, shards: int) -> Batch:
+def _batch(config: config_lib.Config, features: FeatureSet, shards: int) -> Batch:
   """Shapes of a global batch."""
-  shape = jax.ShapeDtypeStruct
+  shape, examples = jax.ShapeDtypeStruct, config.data.batch_size
   word = (2,) if features.wide else ()
   id_type = jnp.uint32 if features.wide else jnp.int32
   per = examples // shards
@@ -129,6 +129,16 @@ def _batch(features: FeatureSet, examples: int, shards: int) -> Batch:
         lengths_B=shape((examples,), jnp.int32),
       )
       for f in features.sequence
+    },
+    histories={
+      f.name: Events(
+        ids_EC=shape((events, len(f.columns), *word), id_type),
+        age_E=shape((events,), jnp.int32),
+        lengths_B=shape((examples,), jnp.int32),
+      )
+      for f in features.history
+      for longest in [min(f.max_length, config.data.history or f.max_length)]
+      for events in [shards * event_capacity(per * longest, steps=HISTORY_STEPS)]
     },
   )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 import time
@@ -18,6 +19,7 @@ from gemjax.data.prepared import PreparedData
 from gemjax.features import Batch
 from gemjax.parallel.arrays import first_process_first, of_all_processes
 from gemjax.train import summary as summary_lib
+from gemjax.train.cost import example_cost
 from gemjax.train.devices import open_mesh, part_of_process
 from gemjax.train.evaluate import PredictionError, evaluate
 from gemjax.train.feed import Feed
@@ -83,6 +85,8 @@ class _Run:
       batch_size=batch,
       seed=config.train.seed,
       window_blocks=config.data.window_blocks,
+      history_length=config.data.history,
+      cost=functools.partial(example_cost, config) if data.features.history else None,
       **part_of_process(self.mesh),
     )
     self.feed = Feed(iter(batches), self.mesh)
@@ -179,6 +183,8 @@ class _Run:
     scalars = {"loss": loss, "ne": result["ne"], "auc": result["auc_binned"]}
     if rounds := max(int(report.exchange_rounds) for report in reports):
       scalars["exchange_rounds"] = rounds
+    if self.data.features.history:
+      scalars |= {"padding": self.feed.padding(), "programs": self.feed.programs}
     self.progress.log(done, scalars | {"learning_rate": self._learning_rate(done - 1)})
     if not math.isfinite(loss):
       self._check_finite(state)
@@ -230,7 +236,11 @@ class _Run:
 
   def _results(self, state: TrainState, split: str) -> dict[str, dict[str, Any]]:
     batches = evaluation_batches(
-      self.data, split, batch_size=self.config.data.eval_batch_size, **part_of_process(self.mesh)
+      self.data,
+      split,
+      batch_size=self.config.data.eval_batch_size,
+      history_length=self.config.data.history,
+      **part_of_process(self.mesh),
     )
     try:
       return evaluate(self.programs.predict, state, batches, self.data.features)

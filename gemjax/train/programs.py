@@ -14,6 +14,7 @@ from gemjax.embedding import Plans
 from gemjax.features import Batch
 from gemjax.parallel.arrays import to_devices, to_host
 from gemjax.train.compiled import Compiled
+from gemjax.train.cost import jagged_flops
 from gemjax.train.flops import matmul_flops
 from gemjax.train.state import Trainer, TrainState
 from gemjax.train.step import (
@@ -81,10 +82,14 @@ class Programs:
       self._predict = Compiled(functools.partial(predict_step, measured(trainer, batch)))
     return to_host(self._predict(state, batch))
 
-  def flops(self, state: TrainState, batch: Batch) -> int:
-    """Of the matrix products of one training step."""
+  def flops(self, state: TrainState, batch: Batch) -> float:
+    """Of the matrix products of one training step with the events of `batch`."""
     plans = jax.eval_shape(functools.partial(plan_step, self._trainer), batch)
-    return matmul_flops(functools.partial(train_step, self._trainer), state, plans, batch, batch)
+    step = functools.partial(train_step, self._trainer)
+    lengths = {name: to_host(events.lengths_B) for name, events in batch.histories.items()}
+    share = jax.process_count()  # Every process sees its rows.
+    jagged = jagged_flops(self._trainer.config, lengths) * share
+    return matmul_flops(step, state, plans, batch, batch) + jagged
 
 
 def measured(trainer: Trainer, batch: Any) -> Trainer:

@@ -64,6 +64,12 @@ def evaluate_run(
   checkpoints.close()
   # On another number of devices, too; rows that fill up have weight 0.
   batch_size = -(-config.data.eval_batch_size // mesh.size) * mesh.size
-  batches = evaluation_batches(found, split, batch_size=batch_size, **part_of_process(mesh))
+  batches = evaluation_batches(
+    found,
+    split,
+    batch_size=batch_size,
+    history_length=config.data.history,
+    **part_of_process(mesh),
+  )
   results = evaluate(Programs(trainer).predict, state, batches, found.features)
   return Evaluated(config.name, int(state.step), found, results)

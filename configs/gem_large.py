@@ -1,0 +1,37 @@
+"""GEM with billions of dense parameters and thousands of events, for planning on 128 H100s.
+
+  python launch/plan.py --config=configs/gem_large.py --topology=h100:16x8
+
+`gem_base` with twice the width, half as many layers more, and histories twice as long.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+from gemjax import config as c
+
+BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("gem_base.py")))
+
+
+def get_config(variant: str = "") -> c.Config:
+  base = BASE["get_config"]()
+  model = dataclasses.replace(
+    base.model, layers=6, fmb_units=64, lcb_units=64, rank=64, mlp=(8192, 8192), width=2,
+  )  # fmt: skip
+  config = dataclasses.replace(
+    base,
+    name="gem_large",
+    embedding=dataclasses.replace(base.embedding, dim=256),
+    model=model,
+  )
+  for attention in (model.fine, model.coarse):
+    attention.heads = 4
+  return c.light(config) if variant == "light" else config
+
+
+def get_features():
+  """Those of `gem_base`, with twice the events."""
+  features = BASE["get_features"]()
+  longer = tuple(dataclasses.replace(h, max_length=2 * h.max_length) for h in features.history)
+  return dataclasses.replace(features, history=longer)

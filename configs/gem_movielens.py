@@ -1,0 +1,74 @@
+"""GEM, its parts, and rankers to compare it with, on MovieLens: rating >= 4 with the user's past.
+
+  python launch/train.py --config=configs/gem_movielens.py --workdir=runs/gem_ml \
+    --config.data.path=RAW_OR_PREPARED
+"""
+
+import dataclasses
+
+from gemjax.config import (
+  Attention,
+  Config,
+  Data,
+  Din,
+  Embedding,
+  Gem,
+  Hstu,
+  InterFormer,
+  Optimizer,
+  Sasrec,
+  Train,
+  Wukong,
+  light,
+)
+
+INTERACTION = {
+  "layers": 2,
+  "fmb_units": 8,
+  "lcb_units": 8,
+  "rank": 8,
+  "mlp": (128,),
+  "head": (128,),
+}
+FINE = Attention(block=64, rope=10000.0, qk_norm=True)
+COARSE = Attention(rope=10000.0, qk_norm=True)
+GEM = Gem(**INTERACTION, strides=(1, 8), fine=FINE, coarse=COARSE)
+MODELS = {
+  "gem": GEM,
+  "wukong": Wukong(**INTERACTION),  # With pooled history.
+  "din": Din(head=(128, 128)),
+  "sasrec": Sasrec(hidden=64, head=(128, 128)),
+  "hstu": Hstu(head=(128, 128)),
+  "interformer": InterFormer(rank=8, mlp=(128,), head=(128,)),
+}
+# GEM without one of its parts, or with another.
+ABLATIONS = {
+  "no_towers": {"strides": ()},
+  "no_coarse": {"strides": (1,)},
+  "no_exchange": {"exchange": False},
+  "no_personalised": {"personalised": False},
+  "no_memory": {"memory_units": 0},
+  "no_cross": {"cross": False},
+  "no_pma": {"pma": 0},
+  "no_recent": {"recent": 0},
+  "no_pooled": {"pooled": False},
+  "hstu_cell": {"cell": "hstu"},
+  "width_2": {"width": 2},
+  "full_attention": {"fine": COARSE},
+}
+
+
+def get_config(variant: str = "gem") -> Config:
+  """`:din` trains a baseline with the same recipe, `:no_memory` GEM without a part, `:light` a
+  light GEM.
+  """
+  model = MODELS.get(variant) or dataclasses.replace(GEM, **ABLATIONS.get(variant, {}))
+  config = Config(
+    name=f"movielens_{variant}",
+    data=Data(path="movielens", batch_size=512, history=50, window_blocks=32),
+    embedding=Embedding(dim=32, learning_rate=0.02, l2=0.05),
+    model=dataclasses.replace(model),
+    optimizer=Optimizer(learning_rate=1e-3, warmup=0.1, schedule="linear"),
+    train=Train(epochs=3, eval_every=0.5),
+  )
+  return light(config) if variant == "light" else config
