@@ -45,6 +45,13 @@ def test_groups_are_a_permutation_of_like_cost(sizes):
     assert abs(share) <= 2 * cost_n.max(), sizes
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_light_examples_even_out_what_heavy_ones_leave(seed):
+  cost_n = zipf(1024, seed).astype(float)
+  order = groups(cost_n, [64] * 16, np.random.default_rng(seed))
+  assert np.ptp(cost_n[order].reshape(16, -1).sum(1)) < 0.5 * cost_n.max()
+
+
 def test_equal_costs_leave_nothing_but_a_shuffle():
   order = groups(np.ones(1000), [100] * 10, np.random.default_rng(0))
   assert len({*order[:100].tolist()} & {*range(100)}) < 30

@@ -134,6 +134,7 @@ def test_other_events_are_other_data(tmp_path):
     ("past.start", OFFSETS[6], ["reach into another's"]),
     ("past.stop", OFFSETS[8] + 1, ["reach into another's"]),
     ("past.stop", OFFSETS[8], ["which is not before the example at"]),
+    ("time", events(7)[len(past(74, N)) - 1][2], ["which is not before"]),
     ("time", columns([74])["time"][0] - 11, ["which is not before the example at"]),
   ],
 )
