@@ -25,5 +25,6 @@ from pallas_kernels.jagged_matmul.api import jagged_matmul as jagged_matmul
 from pallas_kernels.jagged_pool.api import jagged_pool as jagged_pool
 from pallas_kernels.quantize_fp8.api import dequantize_fp8 as dequantize_fp8
 from pallas_kernels.quantize_fp8.api import quantize_fp8 as quantize_fp8
+from pallas_kernels.rows import take_rows as take_rows
 from pallas_kernels.rowwise_adagrad.api import rowwise_adagrad_update as rowwise_adagrad_update
 from pallas_kernels.rowwise_adagrad.runs import sorted_runs as sorted_runs

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import take_rows
+
 CHUNK = 32  # T of the scan below: log2(T) additions an entry, N / T entries for the next level.
 
 
@@ -60,9 +62,27 @@ def find_duplicates(row_N: jax.Array, padding: int, capacity: int | None = None)
 
 
 def sum_duplicates(segments: Segments, grad_NW: jax.Array) -> jax.Array:
-  """(U, W): the sum of the gradients of every run."""
+  """(U, W): the sum of the gradients of every run, in their order in the batch."""
+  return jax.lax.platform_dependent(segments, grad_NW, cuda=sum_sorted, default=sum_in_place)
+
+
+def sum_sorted(segments: Segments, grad_NW: jax.Array) -> jax.Array:
   sorted_NW = grad_NW.at[segments.order_N].get(mode="promise_in_bounds", unique_indices=True)
   return sum_runs(sorted_NW, segments.segment_N, len(segments.unique_U))
+
+
+def sum_in_place(segments: Segments, grad_NW: jax.Array) -> jax.Array:
+  """The first gradient of every run is copied, by all cores, and the others are added to it, by
+  one: XLA's scatter on a CPU knows no second core.
+  """
+  order_N, segment_N, unique_U = segments
+  N, U = len(order_N), len(unique_U)
+  first_N = jnp.concatenate([jnp.ones((1,), bool), segment_N[1:] != segment_N[:-1]])
+  first_U = jnp.full((U,), N, jnp.int32)
+  first_U = first_U.at[jnp.where(first_N, segment_N, U)].set(order_N, mode="drop")
+  other_N = jnp.full((N,), U, jnp.int32)
+  other_N = other_N.at[order_N].set(jnp.where(first_N, U, segment_N), unique_indices=True)
+  return take_rows(grad_NW, first_U).at[other_N].add(grad_NW, mode="drop")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -26,6 +26,7 @@ from einops import rearrange
 from gemjax.config import DATA, MODEL
 from gemjax.embedding.duplicates import Segments, find_duplicates, runs, sort_ids, sum_duplicates
 from gemjax.embedding.stack import Held, Stack, StackRule
+from pallas_kernels import take_rows
 
 
 class Round(NamedTuple):
@@ -83,7 +84,7 @@ class RowSharded:
       got_LCW = jax.lax.all_to_all(read_LCW, MODEL, 0, 0)
       slot_M = self._slots(plan.own.unique_U, round_, plan.end_L)[plan.unique_M]
       got_NW = rearrange(got_LCW, "l c w -> (l c) w")
-      return got_NW.at[slot_M].get(mode="fill", fill_value=0).astype(jnp.float32)
+      return take_rows(got_NW, slot_M).astype(jnp.float32)
 
     def further(k, at):
       begin_L, rows_MW = at
@@ -102,7 +103,8 @@ class RowSharded:
     def write(stack: Stack, round_: Round, *, tick: bool) -> Stack:
       index_LC = self._window(round_.begin_L)
       index_LC = jnp.where(index_LC < round_.end_L[:, None], index_LC, len(sum_UW))
-      sent_LCW = sum_UW.at[index_LC].get(mode="fill", fill_value=0)
+      sent_NW = take_rows(sum_UW, index_LC.reshape(-1))
+      sent_LCW = rearrange(sent_NW, "(l c) w -> l c w", l=self.model)
       grad_LCW = jax.lax.all_to_all(sent_LCW, MODEL, 0, 0)
       grad_NW = rearrange(grad_LCW, "l c w -> (l c) w")
       if self.combined:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gemjax.embedding.row_optimizers import RowOptimizer, Slots
+from pallas_kernels import take_rows
 
 # Rows born or averaged at a time: temporaries of 2^16 rows, whatever the table.
 CHUNK = 2**16
@@ -106,11 +107,11 @@ class StackRule:
 
     In the stack's type where they are as stored, float32 where they had to be shrunk.
     """
-    read = lambda array: array.at[row_M].get(mode="fill", fill_value=0)
-    rows_MW = read(stack.rows_RW)
+    rows_MW = take_rows(stack.rows_RW, row_M)
     if not self.shrinks:
       return rows_MW
     # Slots are read only where the rate depends on them.
+    read = lambda array: array.at[row_M].get(mode="fill", fill_value=0)
     slots = jax.tree.map(read, stack.slots) if self.l2 else {}
     return rows_MW * self._shrunk(slots, stack.clock[0] - read(stack.marks_R))
 

@@ -18,7 +18,7 @@ def embedding_bag(
   """y_SW of the table's dtype: scale[s] times the weighted sum of the rows of each bag."""
   wide = jnp.promote_types(table_RW.dtype, jnp.float32)
   found_N, row_N = rows.found(id_N, len(table_RW))
-  row_NW = table_RW.at[row_N].get(mode="promise_in_bounds").astype(wide)
+  row_NW = rows.copied(table_RW, row_N).astype(wide)
   if weight_N is not None:
     row_NW = row_NW * weight_N.astype(wide)[:, None]
   row_NW = jnp.where(found_N[:, None], row_NW, 0)

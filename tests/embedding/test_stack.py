@@ -9,7 +9,14 @@ import pytest
 from dense import EPS, DenseTable, summed
 from meshes import FAST
 
-from gemjax.embedding.duplicates import by_scan, find_duplicates, sum_duplicates, sum_runs
+from gemjax.embedding.duplicates import (
+  by_scan,
+  find_duplicates,
+  sum_duplicates,
+  sum_in_place,
+  sum_runs,
+  sum_sorted,
+)
 from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS
 from gemjax.embedding.stack import Held, StackRule, round_stochastically
 
@@ -112,6 +119,21 @@ def test_equal_rows_are_summed_and_the_order_of_a_batch_does_not_matter():
     for i, row in zip(real, sums):
       expected = grad_MW[row_M == i].astype(np.float64).sum(0)
       np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sum_of_runs", [sum_in_place, sum_sorted])
+@pytest.mark.parametrize(("size", "different"), [(1, 1), (300, 1), (300, 20), (300, 300)])
+def test_both_sums_of_duplicates_add_in_the_order_of_the_batch(sum_of_runs, size, different):
+  """To the bit, and what is not finite stays in its run; the second is what GPUs start from."""
+  rng = np.random.default_rng(size + different)
+  row_M = rng.integers(0, different, size).astype(np.int32)
+  grad_MW = (10.0 ** rng.uniform(-6, 6, (size, 5))).astype(np.float32)
+  grad_MW[rng.integers(size)] = np.nan
+  expected_UW = np.zeros((different + 1, 5), np.float32)
+  rows = np.unique(row_M)
+  np.add.at(expected_UW, np.searchsorted(rows, row_M), grad_MW)
+  segments = find_duplicates(jnp.asarray(row_M), different, different + 1)
+  np.testing.assert_array_equal(jit(sum_of_runs)(segments, grad_MW), expected_UW)
 
 
 @pytest.mark.parametrize(
