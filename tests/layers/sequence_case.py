@@ -104,6 +104,18 @@ class Case:
       assert scale > 1e-6, f"{name}: nothing depends on it"
       assert abs((gradient * way).sum() - wanted) < tolerance * scale, name
 
+  def check_order(self):
+    """Examples in another order have the same results."""
+    y, _, _ = self.run()
+    order = [4, 1, 0, 2, 5, 3]
+    place = np.concatenate([split(np.arange(SLOTS))[b] for b in order])
+    place_E = np.append(place, np.arange(len(place), SLOTS))
+    extra = None if self.extra is None else self.extra[order]
+    lengths = [LENGTHS[b] for b in order]
+    z, _, _ = self.run(lengths, x_ED=self.x_ED[place_E], age_E=self.age_E[place_E], extra=extra)
+    wanted = y[place] if len(y) == sum(LENGTHS) else y[order]
+    np.testing.assert_allclose(z, wanted, rtol=1e-5, atol=1e-6)
+
   def check_others(self):
     """An example's bits depend neither on other examples nor on what lies in the room behind."""
     y, _, grads = self.run()

@@ -28,6 +28,7 @@ def test_self_attention(name):
   )
   case.check_values()
   case.check_gradients()
+  case.check_order()
   case.check_others()
   assert not case.check_none().any()
   if causal:
@@ -44,6 +45,7 @@ def test_cross_attention():
   )
   case.check_values()
   case.check_gradients()
+  case.check_order()
   case.check_others()
   assert not case.check_none().any()
   y, _, _ = case.run()
@@ -59,6 +61,7 @@ def test_pma():
   )
   case.check_values()
   case.check_gradients()
+  case.check_order()
   case.check_others()
   assert not case.check_none().any()
   y, _, _ = case.run()

@@ -28,6 +28,7 @@ def test_equations():
   )
   case.check_values()
   case.check_gradients()
+  case.check_order()
   case.check_others()
   case.check_later()
   case.check_none()

@@ -19,6 +19,7 @@ def test_equation():
   )
   case.check_values()
   case.check_gradients()
+  case.check_order()
   case.check_others()
   assert not case.check_none().any()
 

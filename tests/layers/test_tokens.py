@@ -97,6 +97,17 @@ def test_pooling():
   assert not pooled(tokens(EMPTY)).any() and not last(tokens(EMPTY), 2).any()
 
 
+def test_spread_and_total_are_transposed():
+  x_BD = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+  y_ED, pull = jax.vjp(jax.jit(lambda x: tokens_lib.spread(x, tokens())), x_BD)
+  wanted = np.repeat(x_BD, LENGTHS, axis=0)
+  np.testing.assert_array_equal(y_ED[: sum(LENGTHS)], wanted)
+  assert not y_ED[sum(LENGTHS) :].any()
+  total = tokens_lib.total(tokens())
+  np.testing.assert_array_equal(pull(tokens().x_ED)[0], total)
+  np.testing.assert_allclose(total, [x.sum(0) for x, _ in lists(tokens())], rtol=1e-5, atol=1e-6)
+
+
 def test_keys_follow_the_example_and_the_recency_alone():
   key_B = jax.random.split(jax.random.key(0), 6)
   data = lambda keys: jax.random.key_data(keys)[: sum(LENGTHS)]
