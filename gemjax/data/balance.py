@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
+JITTER = 0.2
+
 
 def alike(blocks: int, most: int, rng: np.random.Generator) -> list[np.ndarray]:
   """Windows of up to `most` blocks: of each W neighbours in the file, each of W windows has one."""
@@ -29,25 +31,25 @@ def groups(cost_n: np.ndarray, sizes_G: list[int], rng: np.random.Generator) -> 
   """An order of the examples in which the first sizes[0], the next sizes[1], .. cost alike.
 
   Every row of the deal has one example for each group, for a group of a fraction of the largest
-  size only in that fraction of the rows, and has examples of like cost. Every other row is dealt
-  at random, so that one window gives new groups in every epoch.
+  size only in that fraction of the rows, and has examples of like cost, up to `JITTER`: so that
+  one window gives new groups in every epoch.
   """
   sizes_G = np.asarray(sizes_G)
-  shuffled_n = rng.permutation(len(cost_n))  # Equal costs come in any order.
-  falling_n = shuffled_n[np.argsort(-cost_n[shuffled_n], kind="stable")]
+  about_n = cost_n * rng.uniform(1 - JITTER, 1 + JITTER, len(cost_n))
+  falling_n = np.argsort(-about_n, kind="stable")
   group_n = np.empty(len(cost_n), np.int64)
   excess_G = np.zeros(len(sizes_G))  # Cost above the mean of the rows in which a group took part.
   rows, first = int(sizes_G.max()), 0
   for r in range(rows):
     dealt = np.flatnonzero(sizes_G * (r + 1) // rows > sizes_G * r // rows)
-    rng.shuffle(dealt)
-    if r % 2:
-      dealt = dealt[np.argsort(excess_G[dealt], kind="stable")]
     row = falling_n[first : first + len(dealt)]
+    row = row[np.argsort(-cost_n[row], kind="stable")]
+    dealt = rng.permutation(dealt)
+    dealt = dealt[np.argsort(excess_G[dealt], kind="stable")]
     group_n[row] = dealt
     excess_G[dealt] += cost_n[row] - cost_n[row].mean()
     first += len(dealt)
-  # Within a group in random order.
+  shuffled_n = rng.permutation(len(cost_n))  # Within a group in random order.
   return shuffled_n[np.argsort(group_n[shuffled_n], kind="stable")]
 
 

@@ -49,7 +49,7 @@ def test_groups_are_a_permutation_of_like_cost(sizes):
 def test_light_examples_even_out_what_heavy_ones_leave(seed):
   cost_n = zipf(1024, seed).astype(float)
   order = groups(cost_n, [64] * 16, np.random.default_rng(seed))
-  assert np.ptp(cost_n[order].reshape(16, -1).sum(1)) < 0.5 * cost_n.max()
+  assert np.ptp(cost_n[order].reshape(16, -1).sum(1)) < 0.3 * cost_n.max()
 
 
 def test_equal_costs_leave_nothing_but_a_shuffle():
@@ -58,10 +58,11 @@ def test_equal_costs_leave_nothing_but_a_shuffle():
 
 
 def test_two_groups_are_new_ones_every_time():
-  """Pairs of neighbours in cost could be split in a few ways only, were every row greedy."""
+  """Of neighbours in cost, always the same would be kept apart."""
   cost_n = np.arange(64.0) ** 2
   deals = [groups(cost_n, [32, 32], np.random.default_rng(s)) for s in range(50)]
   assert len({frozenset(d[:32].tolist()) for d in deals}) == 50
+  assert len({d[:32].tolist().count(63) + d[:32].tolist().count(62) for d in deals}) > 1
 
 
 @pytest.mark.parametrize("n", [1024, 96, 7, 1])
