@@ -1,0 +1,85 @@
+"""The feed: slots that never shrink, and what it tells the log of them."""
+
+import jax
+import numpy as np
+import pytest
+
+from gemjax.features import Batch, Events, Jagged
+from gemjax.parallel.mesh import make_mesh
+from gemjax.train.feed import Feed
+
+SHARDS = 2
+
+
+def batch(rng, room: int, values: int) -> Batch:
+  """Four examples in two shards of `room` event slots, three of them used."""
+  ids_NEC = np.zeros((SHARDS, room, 2), np.int32)
+  age_NE = np.zeros((SHARDS, room), np.int32)
+  ids_NEC[0, :2], age_NE[0, :2] = rng.integers(2, 9, (2, 2)), [5, 4]
+  ids_NEC[1, :1], age_NE[1, :1] = rng.integers(2, 9, (1, 2)), [7]
+  lengths_B = np.array([2, 0, 0, 1], np.int32)
+  jagged = Jagged(np.zeros(SHARDS * values, np.int32), np.zeros(4, np.int32))
+  return Batch(
+    dense_BF=rng.random((4, 1), np.float32),
+    ids_BS=np.zeros((4, 0), np.int32),
+    label_BT=np.zeros((4, 1), np.float32),
+    weight_B=np.ones(4, np.float32),
+    group_B=np.zeros(4, np.int32),
+    oracle_BT=np.zeros((4, 0), np.float32),
+    sequences={"s": jagged},
+    histories={"h": Events(ids_NEC.reshape(-1, 2), age_NE.reshape(-1), lengths_B)},
+  )
+
+
+class Stream:
+  """Batches with a position."""
+
+  def __init__(self, batches):
+    self.batches, self.next = batches, 0
+
+  def __next__(self):
+    self.next += 1
+    return self.batches[self.next - 1]
+
+  def get_state(self):
+    return self.next
+
+  def set_state(self, state):
+    self.next = state
+
+
+@pytest.fixture
+def made():
+  rng = np.random.default_rng(0)
+  rooms = [(8, 4), (16, 4), (8, 8), (16, 8)]
+  return [batch(rng, *room) for room in rooms]
+
+
+def feed(made):
+  return Feed(Stream(made), make_mesh(1, SHARDS))
+
+
+def test_slots_never_shrink_and_events_stay_in_their_shard(made):
+  out = feed(made)
+  for given, room, values in zip(made, (8, 16, 16, 16), (4, 4, 8, 8)):
+    got = jax.device_get(out.advance())
+    assert got.sequences["s"].values_E.shape == (SHARDS * values,)
+    want, events = given.histories["h"], got.histories["h"]
+    np.testing.assert_array_equal(events.lengths_B, want.lengths_B)
+    for name in ("ids_EC", "age_E"):
+      mine = getattr(events, name).reshape(SHARDS, room, -1)
+      of = getattr(want, name).reshape(SHARDS, -1, mine.shape[2])
+      np.testing.assert_array_equal(mine[:, : of.shape[1]], of)
+      assert not mine[:, of.shape[1] :].any()
+
+
+def test_programs_and_padding_for_the_log(made):
+  out = feed(made)
+  assert out.programs == 0 and out.padding() == 0
+  seen = []
+  for _ in made:
+    out.advance()
+    seen.append(out.programs)
+  assert seen == [1, 2, 3, 3]
+  assert out.padding() == pytest.approx(1 - 4 * 3 / (2 * (8 + 16 + 16 + 16)))
+  assert out.padding() == 0  # Since the last call.
