@@ -3,6 +3,9 @@
 import pytest
 from failing import SCHEMA, fails, with_row
 
+TIMED = 'user = "u"\ntime = "t"\n' + SCHEMA
+PAST = TIMED + '[histories.h]\nfile = "e.csv"\n[histories.h.columns.x]\n'
+
 SCHEMAS = {
   "no label": (
     SCHEMA.replace('"label"', '"sparse"'),
@@ -46,6 +49,37 @@ SCHEMAS = {
   "user twice": ("user = 3\n" + SCHEMA, ["user must be a text", "3"]),
   "no TOML": ("[columns\n", ["schema.toml", "line 1"]),
   "column twice": (SCHEMA + '[columns.y]\nkind = "dense"\n', ["schema.toml", "line"]),
+  "history without user": (PAST.replace('user = "u"', ""), ["history 'h'", "`user = COLUMN`"]),
+  "history without time": (PAST.replace('time = "t"', ""), ["history 'h'", "`time = COLUMN`"]),
+  "history without file": (PAST.replace('file = "e.csv"', ""), ["history 'h'", "file is missing"]),
+  "history without column": (
+    TIMED + '[histories.h]\nfile = "e.csv"\n',
+    ["history 'h'", "no column", "[histories.NAME.columns.X]"],
+  ),
+  "history of another kind": (
+    PAST + 'kind = "dense"\n',
+    ["history 'h'", "column 'x' must be sparse", "'dense'"],
+  ),
+  "unknown field of a history": (
+    PAST.replace('"e.csv"', '"e.csv"\nlength = 3'),
+    ["history 'h'", "'length'", "'max_length'"],
+  ),
+  "field of an event's column": (PAST + "rows = -1\n", ["history 'h'", "column 'x'", "rows"]),
+  "no room for an event": (
+    PAST.replace('"e.csv"', '"e.csv"\nmax_length = 0'),
+    ["history 'h'", "max_length must be at least 1, got 0"],
+  ),
+  "history in words": (
+    PAST.replace('"e.csv"', '"e.csv"\nmax_length = "all"'),
+    ["history 'h'", "max_length must be a whole number", "'all'"],
+  ),
+  "column named time": (PAST.replace("s.x]", "s.time]"), ["history 'h'", "'time'", "not time"]),
+  "name of no file": (PAST.replace("histories.h", 'histories."a/b"'), ["history 'a/b'", "letters"]),
+  "histories a list": ("histories = [3]\n" + SCHEMA, ["[histories.NAME]"]),
+  "history like a table": (
+    PAST + 'table = "c"\nmin_count = 2\n',
+    ["'c' and 'h.x' share table 'c'", "min_count is 1 for one and 2"],
+  ),
   "columns a list": ("columns = [3]\n", ["[columns.NAME]"]),
   "dense.missing taken": (
     '[split]\nby = "order"\n[columns.y]\nkind = "label"\n[columns.d]\nkind = "dense"\n'
