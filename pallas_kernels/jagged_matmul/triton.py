@@ -11,7 +11,6 @@ their matrix does. Letters: S segments, T rows, K and N widths; R rows, P and C 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
