@@ -79,7 +79,10 @@ def write_history(
   files = {}
   for part, array in arrays.items():
     path = folder / f"{name}.{part}.npy"
-    np.save(path, array, allow_pickle=False)
+    try:
+      np.save(path, array, allow_pickle=False)
+    except OSError as error:  # Of a full disk numpy tells how many items it wrote.
+      raise OSError(f"writing {path} failed ({error}); free the disk and try again") from error
     files[path.name] = (path.stat().st_size, _crc32(path))
   return Stored(users=len(offsets_U1) - 1, events=len(time_E), files=files)
 

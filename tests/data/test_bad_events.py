@@ -94,3 +94,16 @@ def test_options_for_all_categories_hold_for_events(tmp_path, options):
     **options,
   )
   assert made.features.tables["h.x"] == options.get("hash_rows", 3)  # Only `a` came twice.
+
+
+def test_a_disk_that_fills_up_on_the_events(tmp_path, monkeypatch):
+  def save(path, array, **_):
+    path.write_bytes(b"x")
+    raise OSError("3 requested and 0 written")  # What numpy says.
+
+  (tmp_path / "e.csv").write_bytes(EVENTS)
+  (tmp_path / "in.csv").touch()
+  (tmp_path / "schema.toml").touch()
+  monkeypatch.setattr("gemjax.data.histories.np.save", save)
+  sentence = fails(tmp_path, LOG, PAST)
+  assert "h.x.npy failed (3 requested and 0 written); free the disk" in sentence

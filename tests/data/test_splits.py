@@ -9,7 +9,8 @@ from oracle import columns, mix
 from userrows import SCHEMA, make_rows, run, simple
 
 from gemjax.data.preparation import prepare
-from gemjax.data.schema import SplitRule, load_schema
+from gemjax.data.schema import SplitRule
+from gemjax.data.schema_file import load_schema
 
 
 def numbered(path, n):
