@@ -13,7 +13,12 @@ from typing import Any
 import cli
 from absl import flags
 
-_SUITES = ("data", "sharding", "train_step")  # Modules of launch/benchmarks with a `run`.
+_SUITES = (
+  "data",
+  "movielens",
+  "sharding",
+  "train_step",
+)  # Modules of launch/benchmarks with a `run`.
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "What to measure.", required=True)
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
