@@ -25,7 +25,7 @@ from gemjax.data.blocks import CorruptBlockError, encode_block
 from gemjax.data.histories import CorruptHistoryError, by_user, locate, write_history
 from gemjax.data.pipeline import evaluation_batches, train_batches
 from gemjax.data.prepared import open_prepared, take
-from gemjax.features import event_capacity
+from gemjax.features import HISTORY_STEPS, event_capacity
 
 HISTORY = FEATURES.history[0]
 
@@ -60,7 +60,13 @@ def test_each_shard_has_its_own_slots(data, shards):
       slots = np.column_stack([ids_EC, age_E])[s * room : (s + 1) * room]
       assert [tuple(x) for x in slots[: len(of)].tolist()] == of
       assert not slots[len(of) :].any()
-    assert event_capacity(room, steps=16) == room
+    assert event_capacity(room, steps=HISTORY_STEPS) == room
+
+
+def test_sixteen_steps_an_octave():
+  capacities = [event_capacity(n, steps=HISTORY_STEPS) for n in range(65, 2049)]
+  assert all(n <= c < n * 17 / 16 for n, c in enumerate(capacities, 65))
+  assert len(set(capacities)) == 5 * 16 and capacities == sorted(capacities)
 
 
 def test_slots_are_few_and_do_not_change_with_the_place_of_resumption(data):
