@@ -20,7 +20,6 @@ class Tower:
   attention: Attention = dataclasses.field(default_factory=Attention)
   hidden: int = 128  # Of a transformer's feed-forward part.
   dropout: float = 0.2
-  temperature: float = 0.05
   negatives: int = 0  # Items that a step's softmax is taken over; 0: all.
 
 
@@ -56,11 +55,6 @@ class NextItem:
       need(getattr(tower, name) > 0, f"tower.{name}", getattr(tower, name), "positive")
     need(tower.negatives >= 0, "tower.negatives", tower.negatives, "at least 0")
     need(real(tower.dropout) and tower.dropout < 1, "tower.dropout", tower.dropout, "in [0, 1)")
-    law = "a finite number above 0"
-    need(
-      real(tower.temperature) and tower.temperature > 0,
-      "tower.temperature", tower.temperature, law,
-    )  # fmt: skip
     validate_attention(tower.attention, "tower.attention")
     heads = tower.attention.heads
     law = f"a multiple of {heads} heads"

@@ -1,14 +1,16 @@
-"""Which item comes next: blocks of attention over a user's events, and the nearest items.
+"""Which item comes next: blocks of attention over a user's events, and how well each item fits.
 
     X     = dropout(sqrt(D) I[item] + P[place])
-    X     = block_l(X)                                  for the layers l
-    score = X/|X| . I[v]/|I[v]| / temperature           of every event and item v
+    X     = block_l(X)                            for the layers l
+    score = LN(X) . I[v] + b[v]                   of every event and item v
 
 The item table I is input and output. Blocks are causal: the scores of an event know it and what
 came before. Places count from the oldest event of a sequence, because the newest is another one
 for every event that predicts.
 
 Source: the public experiments of HSTU (arXiv 2402.17152, 4.1.1), there for both kinds of blocks.
+Their score is a cosine over a temperature; ours is that of language models with a popularity b,
+which learns in half the epochs.
 Letters: B users, E slots for events, D width, Q queries, V items, L places.
 """
 
@@ -21,10 +23,9 @@ from flax import nnx
 from gemjax.config.next_item import Tower
 from gemjax.layers.dropout import Key, dropout, fold
 from gemjax.layers.hstu import HstuBlock
+from gemjax.layers.norm import layer_norm
 from gemjax.layers.tokens import Tokens, event_keys, segment_E
 from gemjax.layers.transformer import TransformerBlock
-
-_SMALLEST = 1e-12  # Of a squared norm.
 
 
 class NextItemTower(nnx.Module):
@@ -44,6 +45,8 @@ class NextItemTower(nnx.Module):
         config.attention, config.dim, causal=True, hidden=config.hidden, **common
       )
     self.blocks = nnx.List([block() for _ in range(config.layers)])
+    self.norm = layer_norm(config.dim, "float32", rngs)
+    self.popularity_V = nnx.Param(jnp.zeros((items,)), axes=("width",))
     self.config = config
 
   def __call__(self, item_E, age_E, offsets_B1, key_B: Key = None) -> jax.Array:
@@ -54,14 +57,11 @@ class NextItemTower(nnx.Module):
     x_ED = dropout(x_ED, self.config.dropout, event_keys(fold(key_B, 0), tokens))
     for i, block in enumerate(self.blocks):
       x_ED = block(tokens._replace(x_ED=x_ED), fold(key_B, 1 + i))
-    return x_ED
+    return self.norm(x_ED)
 
   def score(self, x_QD: jax.Array, item: jax.Array | None = None) -> jax.Array:
     """score_QV of all items, or of `item`: V that all queries share, or (Q, V), V of each."""
-    i = self.item_VD[...] if item is None else self.item_VD[item]
-    equation = "qd,vd->qv" if i.ndim == 2 else "qd,qvd->qv"
-    return jnp.einsum(equation, _unit(x_QD), _unit(i)) / self.config.temperature
-
-
-def _unit(x: jax.Array) -> jax.Array:
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), _SMALLEST))
+    i, b = self.item_VD[...], self.popularity_V[...]
+    if item is not None:
+      i, b = i[item], b[item]
+    return jnp.einsum("qd,vd->qv" if i.ndim == 2 else "qd,qvd->qv", x_QD, i) + b

@@ -80,6 +80,8 @@ def born(config, items):
 
 def tower_and_queries(items=50, queries=30):
   tower = born(small(), items)
+  tower.item_VD[...] *= 30  # Born small, it would hide a fault.
+  tower.popularity_V[...] = jax.random.normal(jax.random.key(4), (items,))
   x_ED = jax.random.normal(jax.random.key(1), (queries, 16))
   next_E = jax.random.randint(jax.random.key(2), (queries,), 0, items).at[-4:].set(-1)
   return tower, x_ED, next_E
@@ -87,14 +89,13 @@ def tower_and_queries(items=50, queries=30):
 
 def loss_by_hand(tower, x_ED, next_E, shown=None):
   """Of float64 loops; `shown` are the negatives of the sampled softmax."""
-  item_VD, x_ED = np.float64(tower.item_VD[...]), np.float64(x_ED)
+  item_VD, b_V, x_ED = map(np.float64, (tower.item_VD[...], tower.popularity_V[...], x_ED))
   items = len(item_VD)
   losses = []
   for x, right in zip(x_ED, np.asarray(next_E)):
     if right < 0:
       continue
-    cosine = lambda v, x=x: x @ item_VD[v] / math.sqrt(x @ x) / math.sqrt(item_VD[v] @ item_VD[v])
-    e = lambda v, cosine=cosine: math.exp(cosine(v) / 0.05)
+    e = lambda v, x=x: math.exp(sum(a * b for a, b in zip(x, item_VD[v])) + b_V[v])
     others = [v for v in (range(items) if shown is None else shown) if v != right]
     each = 1 if shown is None else (items - 1) / len(shown)
     losses.append(-math.log(e(right) / (e(right) + each * sum(e(v) for v in others))))
