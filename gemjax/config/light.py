@@ -12,7 +12,7 @@ SHARE = 4
 def light(config: Config) -> Config:
   """A quarter of every width, and all else as it was: layers, units, branches, events, batches.
 
-  The width of a unit, of hidden layers and of heads' hidden layers is divided by four, and so is the
+  The width of a unit and of hidden layers is divided by four, and so is the
   number of attention heads, so that a head keeps its width. Matrix products then cost about a
   sixteenth, tables a quarter. Meta runs over half of its experiments on such variants (GEM).
   """

@@ -2,16 +2,17 @@
 interactions and pyramids of sequence layers, which learn from each other in every layer.
 
 Published are the parts and what they are for, not their formulas; what is written here is our
-design. One layer, i = 1..l, all of whose parts read the layer's inputs and run side by side:
+design. A Wukong layer brings the features to n_F + n_L units, X_1 = WukongLayer(X_0). Then in layer
+i = 1..l all parts read the layer's inputs, so that interactions and sequences run side by side:
 
-  X_sum = Gating(W X)
-  S_sum = Gating([cross(X_sum, S) | PMA(S) | newest tokens], over all branches S)
-  A     = attention of X_sum over the memories of X_0 .. X_{i-1}
-  X_i   = concat over the width of WukongLayer([X | S_sum | A])
-  S_i   = cell(S + LN(S) W(X_sum))     of every branch; cell: a transformer or an HSTU block
-  memory of X_i = LN(C X_i), some units
+  X_sum   = Gating(W X_i)
+  A       = attention of X_sum over the memories M_0 .. M_{i-1}
+  X_{i+1} = concat over the width of WukongLayer([X_i | S_sum | A])
+  S_{i+1} = cell(S_i + LN(S_i) W(X_sum))   of every branch; cell: a transformer or an HSTU block
+  S_sum   = Gating([cross(X_sum, S) | PMA(S) | newest tokens]) over all branches S_{i+1}; first 0
+  M_i     = LN(C X_{i+1}), some units;  M_0 = C X_0
 
-  ŷ = MLP([X_l | S_sum])               of the example's domain, behind the domain's own norm
+  ŷ = MLP([X_{l+1} | S_sum])               of the example's domain, behind the domain's own norm
 
 Pyramid: every history is read by branches of several strides side by side. The branch of stride 1
 has all events, which attend inside blocks of 64: O(T). A branch of stride s has the means of s
@@ -28,7 +29,7 @@ to layer (GEM's post).
 | X_sum, S_sum, personalised W                                                  | InterFormer |
 | several domains over one trunk                                                | GEM         |
 | a norm and heads of a domain's own                                            | ours        |
-| layers 2..l in one scan: compile time independent of l                        | ours        |
+| layers in one scan: compile time independent of l                             | ours        |
 
 Letters: B examples, N units, M summary units, D width, E tokens, L memories, K units of one.
 """
@@ -73,6 +74,7 @@ class State(NamedTuple):
 
   x_BND: jax.Array
   x_ED: tuple[jax.Array, ...]  # Of every branch.
+  s_sum_BMD: jax.Array  # What the branches say; no unit where they say it in the end alone.
   memory_BLKD: jax.Array
 
 
@@ -99,72 +101,72 @@ class BranchLayer(nnx.Module):
     return self.cell(tokens, key_B)
 
 
-class Summaries(nnx.Module):
-  """(X, branches) -> (X_sum, S_sum); `outputs` counts the units of S_sum."""
+class BranchSummary(nnx.Module):
+  """S_sum of all branches; `outputs` counts its units."""
 
   def __init__(
-    self, config: config_lib.Gem, units: int, branches: list[Branch], dim: int, dtype: str, rngs
+    self, config: config_lib.Gem, branches: tuple[Branch, ...], dim: int, dtype: str, rngs
   ):
     make = {"dtype": dtype, "rngs": rngs}
-    self.units = UnitSummary(units, config.cls, dim, config.gating, **make)
     cross = config.cls if config.cross else 0
     summary = lambda b: SequenceSummary(
       config.coarse, dim, cross=cross, pma=config.pma,
       recent=config.recent if b.stride == 1 else 0, **make,
     )  # fmt: skip
     self.sequences = nnx.List([summary(b) for b in branches])
-    self.gate = Gating(config.gating, dim, **make) if branches else None
+    self.gate = Gating(config.gating, dim, **make)
     self.outputs = sum(s.units for s in self.sequences)
 
-  def __call__(self, x_BND: jax.Array, branches: list[Tokens]) -> tuple[jax.Array, jax.Array]:
-    x_sum_BMD = self.units(x_BND)
-    parts = [summary(s, x_sum_BMD) for summary, s in zip(self.sequences, branches)]
-    if not parts:
-      return x_sum_BMD, x_BND[:, :0]
-    return x_sum_BMD, self.gate(jnp.concatenate(parts, 1))
+  def __call__(self, sequences: list[Tokens], x_sum_BMD: jax.Array) -> jax.Array:
+    parts = [summary(s, x_sum_BMD) for summary, s in zip(self.sequences, sequences)]
+    return self.gate(jnp.concatenate(parts, 1))
 
 
 class GemLayer(nnx.Module):
-  """One layer; see the module's docstring. The first one reads another number of units."""
+  """One layer; see the module's docstring."""
 
   def __init__(
-    self, config: config_lib.Gem, units: int, branches: list[Branch], dim: int, dtype: str, rngs
+    self, config: config_lib.Gem, branches: tuple[Branch, ...], dim: int, dtype: str, rngs
   ):
-    told = branches if config.exchange else []
-    self.summaries = Summaries(config, units, told, dim, dtype, rngs)
-    inputs, outputs = units + self.summaries.outputs, config.fmb_units + config.lcb_units
-    remember = lambda: LayerMemory(outputs, config.memory_units, dim, dtype=dtype, rngs=rngs)
+    make = {"dtype": dtype, "rngs": rngs}
+    units = config.fmb_units + config.lcb_units
+    self.units = UnitSummary(units, config.cls, dim, config.gating, **make)
+    self.branches = nnx.List([BranchLayer(config, b, dim, dtype, rngs) for b in branches])
+    summary = lambda: BranchSummary(config, branches, dim, dtype, rngs)
+    self.summary = summary() if config.exchange and branches else None
+    remember = lambda: LayerMemory(units, config.memory_units, dim, **make)
     self.memory = remember() if config.memory_units else None
+    inputs = units + (self.summary.outputs if self.summary is not None else 0)
     inputs += config.cls if config.memory_units else 0
-    block = dataclasses.replace(
+    share = dataclasses.replace(
       config,
       fmb_units=config.fmb_units // config.width,
       lcb_units=config.lcb_units // config.width,
     )
     self.blocks = nnx.List(
-      [WukongLayer(block, inputs, dim, dtype, rngs) for _ in range(config.width)]
+      [WukongLayer(share, inputs, dim, dtype, rngs) for _ in range(config.width)]
     )
-    self.branches = nnx.List([BranchLayer(config, b, dim, dtype, rngs) for b in branches])
 
   def __call__(self, state: State, branches: list[Tokens], index, key_B: Key) -> State:
-    """`index` memories are written."""
+    """Layer number `index`, from 1 on: as many memories are written before it."""
+    key = lambda part: fold(key_B, part)
     sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
-    told = sequences if len(self.summaries.sequences) else []
-    x_sum_BMD, s_sum_BMD = self.summaries(state.x_BND, told)
-    inputs = [state.x_BND, s_sum_BMD]
+    x_sum_BMD = self.units(state.x_BND)
+    inputs = [state.x_BND, state.s_sum_BMD]
     if self.memory is not None:
       inputs.append(self.memory.read(x_sum_BMD, state.memory_BLKD, index))
     input_BND = jnp.concatenate(inputs, 1)
-    key = lambda part: fold(key_B, part)
-    x_BND = jnp.concatenate([block(input_BND, key(w)) for w, block in enumerate(self.blocks)], 1)
-    x_ED = tuple(
-      layer(tokens, x_sum_BMD, key(100 + b))
+    x_BND = jnp.concatenate([b(input_BND, key(2 * w)) for w, b in enumerate(self.blocks)], 1)
+    sequences = [
+      tokens._replace(x_ED=layer(tokens, x_sum_BMD, key(2 * b + 1)))
       for b, (layer, tokens) in enumerate(zip(self.branches, sequences))
-    )
-    memory_BLKD = state.memory_BLKD
+    ]
+    s_sum_BMD, memory_BLKD = state.s_sum_BMD, state.memory_BLKD
+    if self.summary is not None:
+      s_sum_BMD = self.summary(sequences, x_sum_BMD)
     if self.memory is not None:
       memory_BLKD = self.memory.write(x_BND, memory_BLKD, index)
-    return State(x_BND, x_ED, memory_BLKD)
+    return State(x_BND, tuple(s.x_ED for s in sequences), s_sum_BMD, memory_BLKD)
 
 
 class Gem(nnx.Module):
@@ -182,24 +184,31 @@ class Gem(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
   ):
+    make = {"dtype": dtype, "rngs": rngs}
     outputs = config.fmb_units + config.lcb_units
     towers = histories if config.strides else ()
-    self.events = nnx.List([EventInput(h, dim, dtype=dtype, rngs=rngs) for h in towers])
+    self.events = nnx.List([EventInput(h, dim, **make) for h in towers])
     self.branches = tuple(
       Branch(h.name, stride, -(-h.length // stride)) for h in towers for stride in config.strides
     )
-    make = lambda units, rngs: GemLayer(config, units, self.branches, dim, dtype, rngs)
-    self.first, self.depth = make(units, rngs), config.layers - 1
-    stack = nnx.split_rngs(splits=max(1, self.depth))(
-      nnx.vmap(lambda rngs: make(outputs, rngs), transform_metadata=STACKED)
-    )
-    self.layers = stack(rngs) if self.depth else None
-    remember = lambda: UnitLinear(units, config.memory_units, dtype=dtype, rngs=rngs)
+    remember = lambda: UnitLinear(units, config.memory_units, **make)
     self.memory = remember() if config.memory_units else None
-    self.summaries = Summaries(config, outputs, self.branches, dim, dtype, rngs)
-    inputs = (outputs + self.summaries.outputs) * dim
+    self.first = WukongLayer(config, units, dim, dtype, rngs)
+    stack = nnx.split_rngs(splits=config.layers)(
+      nnx.vmap(
+        lambda rngs: GemLayer(config, self.branches, dim, dtype, rngs), transform_metadata=STACKED
+      )
+    )
+    self.layers = stack(rngs)
+    summary = lambda: BranchSummary(config, self.branches, dim, dtype, rngs)
+    late = bool(self.branches) and not config.exchange
+    self.units = UnitSummary(outputs, config.cls, dim, config.gating, **make) if late else None
+    self.summary = summary() if late else None
+    said = self.summary if late else self.layers.summary
+    inputs = (outputs + (said.outputs if said is not None else 0)) * dim
     self.heads = DomainHeads(inputs, config.head, tasks, domains, config.dropout, dtype, rngs)
-    self.memory_units, self.layer_count = config.memory_units, config.layers
+    self.told = 0 if late or said is None else said.outputs
+    self.depth, self.memory_units = config.layers, config.memory_units
 
   def __call__(
     self,
@@ -208,31 +217,35 @@ class Gem(nnx.Module):
     key_B: Key = None,
     domain_B: jax.Array | None = None,
   ) -> jax.Array:
-    branches = self._branches(histories)
     B, _, D = x_BND.shape
-    memory_BLKD = jnp.zeros((B, self.layer_count + 1, self.memory_units, D), x_BND.dtype)
+    branches = self._branches(histories)
+    memory_BLKD = jnp.zeros((B, self.depth + 1, self.memory_units, D), x_BND.dtype)
     if self.memory is not None:
       memory_BLKD = memory_BLKD.at[:, 0].set(self.memory(x_BND))
-    state = State(x_BND, tuple(b.x_ED for b in branches), memory_BLKD)
-    state = self.first(state, branches, 1, fold(key_B, 0))
-    if self.layers is not None:
-      graph, weights = nnx.split(self.layers)
+    state = State(
+      x_BND=self.first(x_BND, fold(key_B, 0)),
+      x_ED=tuple(b.x_ED for b in branches),
+      s_sum_BMD=jnp.zeros((B, self.told, D), x_BND.dtype),
+      memory_BLKD=memory_BLKD,
+    )
+    graph, weights = nnx.split(self.layers)
 
-      def layer(state, at):
-        weights, index = at
-        key = fold(fold(key_B, 1), index)
-        return nnx.merge(graph, weights)(state, branches, index + 2, key), None
+    def layer(state, at):
+      weights, index = at
+      key = fold(fold(key_B, 1), index)
+      return nnx.merge(graph, weights)(state, branches, index, key), None
 
-      state, _ = jax.lax.scan(layer, state, (weights, jnp.arange(self.depth)))
-    sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
-    _, s_sum_BMD = self.summaries(state.x_BND, sequences)
+    state, _ = jax.lax.scan(layer, state, (weights, jnp.arange(1, self.depth + 1)))
+    s_sum_BMD = state.s_sum_BMD
+    if self.summary is not None:
+      sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
+      s_sum_BMD = self.summary(sequences, self.units(state.x_BND))
     units_BND = jnp.concatenate([state.x_BND, s_sum_BMD], 1)
     return self.heads(rearrange(units_BND, "b n d -> b (n d)"), domain_B, fold(key_B, 2))
 
   def _branches(self, histories: dict[str, EventRows]) -> list[Tokens]:
-    tokens = {}
-    for events, name in zip(self.events, dict.fromkeys(b.history for b in self.branches)):
-      tokens[name] = events(histories[name])
+    names = dict.fromkeys(b.history for b in self.branches)
+    tokens = {name: events(histories[name]) for events, name in zip(self.events, names)}
     out = []
     for name, stride, _ in self.branches:
       out.append(tokens[name] if stride == 1 else tokens_lib.coarsen(tokens[name], stride))

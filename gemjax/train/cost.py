@@ -77,7 +77,7 @@ def _readers(model: config_lib.Model) -> Iterator[_Reader]:
       queries = (model.layers + 1) * model.pma
       yield _Reader(model.attention, 1, model.layers, queries, True)
     case config_lib.Gem():
-      times = 1 + (model.layers if model.exchange else 0)
+      times = model.layers if model.exchange else 1
       queries = times * (model.pma + (model.cls if model.cross else 0))
       personal = model.exchange and model.personalised
       for stride in model.strides:
