@@ -66,7 +66,7 @@ def test_every_unit_is_the_row_that_its_feature_names():
     padded = np.concatenate([tables[name], np.zeros_like(tables[name][:1])])
     rows[name] = jnp.asarray(padded[np.asarray(position_M)], jnp.float32)
   seen = lambda table, row: tables[at(table, row)[0]][at(table, row)[1]]
-  units, small = assemble(LAYOUT, rows, b)
+  units, small, _ = assemble(LAYOUT, rows, b)
   assert units.shape == (3, 3 + 2 + 1, 4) and small.shape == (3, 2, 2)
   for e in range(3):
     user, item, last, sex, day = b.ids_BS[e]
@@ -106,7 +106,7 @@ def test_the_gradient_goes_to_the_rows_and_a_lookup_reads_what_init_made():
 
 def test_pooling_ignores_what_lies_behind_the_events():
   rows = jnp.asarray([[1.0], [3.0], [5.0], [jnp.nan]])
-  pooled = mean_pool(rows, Jagged(np.zeros(4, np.int32), np.array([0, 2, 1], np.int32)))
+  pooled = mean_pool(rows, np.array([0, 2, 1], np.int32))
   np.testing.assert_allclose(pooled, [[0], [2], [5]])
 
 

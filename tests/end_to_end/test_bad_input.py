@@ -129,7 +129,7 @@ DATA = {
   ),
   "manifest empty": (lambda d: (d / MANIFEST).write_text(""), [MANIFEST, "truncated or corrupt"]),
   "manifest a list": (lambda d: (d / MANIFEST).write_text("[]"), [MANIFEST, "corrupt"]),
-  "version": (lambda d: spoil_manifest(d, lambda t: t.update(version=9)), ["version 9", "reads 2"]),
+  "version": (lambda d: spoil_manifest(d, lambda t: t.update(version=9)), ["version 9", "reads 3"]),
   "unknown feature field": (
     lambda d: spoil_manifest(d, lambda t: t["features"]["dense"][0].update(colour=1)),
     [MANIFEST, "colour"],

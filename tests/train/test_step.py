@@ -79,7 +79,7 @@ def test_a_step_equals_dense_training_of_whole_tables():
   def dense_loss(params, tables, b):
     at = {name: i.astype(jnp.int32) for name, i in positions(t.tables.layout, b).items()}
     rows = {name: jnp.pad(tables[name], ((0, 1), (0, 0)))[i] for name, i in at.items()}
-    units, small = assemble(t.tables.layout, rows, b)
+    units, small, _ = assemble(t.tables.layout, rows, b)
     logits = nnx.merge(t.graph, params)(units, small, b.dense_BF)
     return binary_cross_entropy(logits, b.label_BT, b.weight_B, jnp.array([1.0, 0.5]), B)
 
