@@ -1,0 +1,189 @@
+"""GEM against a transcription of its formulas, whole and with each of its parts switched off."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from history_case import SPECS, B, Case, D, N, T
+from numpy_layers import (
+  coarsen,
+  event_tokens,
+  gating,
+  heads,
+  over_units,
+  personalised,
+  remembered,
+  sequence_summary,
+  unit_summary,
+  wukong_layer,
+)
+from sequence_oracle import hstu, layer_norm, transformer
+
+from gemjax import config as c
+from gemjax.layers import attention
+from gemjax.models.gem import Gem
+
+DOMAINS = 3
+CONFIG = c.Gem(
+  layers=3, fmb_units=4, lcb_units=2, rank=3, mlp=(7,), width=2, memory_units=2, strides=(1, 3),
+  fine=c.Attention(heads=2, block=4, rope=50.0, qk_norm=True),
+  coarse=c.Attention(heads=1, rope=20.0, qk_norm=True, time_buckets=33),
+  cls=2, cross=True, pma=1, recent=3, gating="tanh", domain="surface", head=(6,),
+)  # fmt: skip
+
+
+class Branch:
+  """One history at one resolution, for one example."""
+
+  def __init__(self, config, spec, stride, s, age):
+    self.stride, self.length = stride, -(-spec.length // stride)
+    self.s, self.age = (s, age) if stride == 1 else coarsen(s, age, stride)
+    self.attention = config.fine if stride == 1 else config.coarse
+
+
+def said(config, branches, x_sum, w):
+  """S_sum: what leaves the branches."""
+  queries, parts = (x_sum if config.cross else None), []
+  for b, branch in enumerate(branches):
+    of = w.get("sequences", {}).get(b, {})  # Nothing is learnt where only newest events leave.
+    recent = config.recent if branch.stride == 1 else 0
+    parts.append(
+      sequence_summary(branch.s, branch.age, of, config.coarse, queries=queries, recent=recent)
+    )
+  return gating(np.concatenate(parts), w["gate"], config.gating)
+
+
+def layer(config, branches, x, s_sum, memories, w):
+  """X and the branches' S follow from the layer's inputs, and S_sum from the new S."""
+  x_sum = unit_summary(x, w["units"], config.gating)
+  inputs = [x, s_sum]
+  if config.memory_units:
+    inputs.append(remembered(x_sum, memories, w["memory"]))
+  fmb_units = config.fmb_units // config.width
+  blocks = [wukong_layer(np.concatenate(inputs), of, fmb_units) for of in w["blocks"].values()]
+  for b, branch in enumerate(branches):
+    s, of = branch.s, w["branches"][b]
+    if config.exchange and config.personalised:
+      s = s + personalised(layer_norm(s, of["norm"]), x_sum, of["personal"])
+    if config.cell == "hstu":
+      branch.s = hstu(s, branch.age, of["cell"], branch.attention, branch.length)
+    else:
+      branch.s = transformer(s, branch.age, of["cell"], branch.attention, causal=True)
+  if branches and config.exchange:
+    s_sum = said(config, branches, x_sum, w["summary"])
+  return np.concatenate(blocks), s_sum
+
+
+def oracle(config, w, x, histories, domain_B=None):
+  branches = []
+  for i, (units, age) in enumerate(histories if config.strides else ()):
+    s = event_tokens(units, age, w["events"][i])
+    branches += [Branch(config, SPECS[i], stride, s, age) for stride in config.strides]
+  memories = [over_units(x, w["memory"])] if config.memory_units else []
+  x = wukong_layer(x, w["first"], config.fmb_units)
+  of_stride = lambda b: config.recent if b.stride == 1 else 0
+  queries = config.pma + (config.cls if config.cross else 0)
+  told = sum(queries + of_stride(b) for b in branches) if config.exchange else 0
+  s_sum = np.zeros((told, D))
+  for i in range(config.layers):
+    of = jax.tree.map(lambda p, i=i: p[i], w["layers"])
+    x, s_sum = layer(config, branches, x, s_sum, memories, of)
+    if config.memory_units:
+      memories.append(layer_norm(over_units(x, of["memory"]["compress"]), of["memory"]["norm"]))
+  if branches and not config.exchange:
+    x_sum = unit_summary(x, w["units"], config.gating)
+    s_sum = said(config, branches, x_sum, w["summary"])
+  x, domain, of = np.concatenate([x, s_sum]).reshape(-1), domain_B, w["heads"]
+  if domain is None:
+    return heads(x, of["heads"][0])
+  return heads(x * (1 + of["gain_KI"][domain]) + of["bias_KI"][domain], of["heads"][domain])
+
+
+def case(config, histories):
+  domains = DOMAINS if config.domain else 0
+  make = lambda: Gem(
+    config,
+    units=N,
+    dim=D,
+    tasks=T,
+    histories=SPECS[:histories],
+    domains=domains,
+    dtype="float32",
+    rngs=nnx.Rngs(0),
+  )
+  more = {"domain_B": np.arange(B, dtype=np.int32) % DOMAINS} if domains else {}
+  one = lambda *args, **more: oracle(config, *args, **more)
+  return Case(make, one, histories=histories, **more)
+
+
+@pytest.fixture(scope="module")
+def whole():
+  return case(CONFIG, 1)
+
+
+def test_formulas(whole):
+  whole.check_all()
+
+
+def test_a_domain_learns_from_its_own_examples(whole):
+  for domain in range(DOMAINS):
+    own = whole.more["domain_B"] == domain
+    params, _, _ = whole.gradients(np.tile(own[:, None], T).astype(np.float32))
+    of = params["heads"]
+    for k in range(DOMAINS):
+      every = [*jax.tree.leaves(of["heads"][k]), of["gain_KI"][k], of["bias_KI"][k]]
+      assert all(g.any() == (k == domain) for g in every)
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+  """Attention by its formula, whose program is small; the others are compared elsewhere."""
+  formula = functools.partial(attention.jagged_attention, implementation="reference")
+  monkeypatch.setattr(attention, "jagged_attention", formula)
+
+
+def test_two_histories(quickly_compiled):
+  case(CONFIG, 2).check_forward()
+
+
+SWITCHES = {  # What is switched, and which parameters go with it.
+  "exchange": ({"exchange": False}, r"layers\.(summary|branches\.\d\.(norm|personal))\."),
+  "personalised": ({"personalised": False}, r"layers\.branches\.\d\.(norm|personal)\."),
+  "cross": ({"cross": False}, "none"),
+  "pma": ({"pma": 0}, r"layers\.summary\.sequences\.\d\.pool\.seeds_MD"),
+  "recent": ({"recent": 0}, "none"),
+  "all but recent": (
+    {"cross": False, "pma": 0, "strides": (1,)},
+    r"layers\.(summary\.sequences|branches\.1)\.",
+  ),
+  "memory": ({"memory_units": 0}, r"(layers\.)?memory\."),
+  "width": ({"width": 1}, r"layers\.blocks\.1\."),
+  "coarse branch": ({"strides": (1,)}, r"layers\.(branches|summary\.sequences)\.1\."),
+  "towers": ({"strides": ()}, r"events\.|layers\.(branches|summary)\."),
+  "domain": ({"domain": ""}, r"heads\.(gain_KI|bias_KI|heads\.[12]\.)"),
+}
+LATE = r"(units|summary)\."  # Where nothing was exchanged, the head asks the branches.
+
+
+def names(params):
+  paths = jax.tree_util.tree_leaves_with_path(params)
+  return {".".join(str(key.key) for key in path) for path, _ in paths}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_part_is_switched_off(quickly_compiled, whole, name):
+  """What is left follows the formulas; gone are the part's parameters and no others."""
+  changes, part = SWITCHES[name]
+  off = case(dataclasses.replace(CONFIG, **changes), 1)
+  before, after = names(whole.params), names(off.params)
+  assert before - after == {n for n in before if re.match(part, n)}
+  assert all(name == "exchange" and re.match(LATE, n) for n in after - before)
+  off.check_forward()
+
+
+def test_hstu_cells(quickly_compiled):
+  case(dataclasses.replace(CONFIG, cell="hstu"), 1).check_forward()
