@@ -1,10 +1,10 @@
 """Training of a sequence tower on the next item, and its ranking of all items.
 
-The protocol is that of generative-recommenders: a user's last item is held out, all others train;
-then all items are ranked but those among the `length` events that are read. What it leaves open:
-equal scores count against the target; epochs and all else are chosen with the split "valid", where
-the item before the last is held out and the last is never read; the last epoch is reported, not
-the best. One device; the item table is a dense parameter.
+The protocol is that of generative-recommenders: a user's last item is held out, the newest ones
+before it train; then all items are ranked but those among the `length` events that are read. What
+it leaves open: equal scores count against the target; the last epoch is reported, not the best.
+The split "valid" is there to choose by: it holds out the item before the last, and never reads the
+last. One device; the item table is a dense parameter, all of whose rows Adam updates.
 
 Letters: E slots for events, B users of a batch, U users, V items, N negatives, D width.
 """
