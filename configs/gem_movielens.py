@@ -23,7 +23,6 @@ from gemjax.config import (
 )
 
 INTERACTION = {
-  "layers": 2,
   "fmb_units": 8,
   "lcb_units": 8,
   "rank": 8,
@@ -32,14 +31,14 @@ INTERACTION = {
 }
 FINE = Attention(block=64, rope=10000.0, qk_norm=True)
 COARSE = Attention(rope=10000.0, qk_norm=True)
-GEM = Gem(**INTERACTION, strides=(1, 8), fine=FINE, coarse=COARSE)
+GEM = Gem(layers=1, **INTERACTION, strides=(1, 8), fine=FINE, coarse=COARSE)
 MODELS = {
   "gem": GEM,
-  "wukong": Wukong(**INTERACTION),  # With pooled history.
+  "wukong": Wukong(layers=2, **INTERACTION),  # With pooled history.
   "din": Din(head=(128, 128)),
-  "sasrec": Sasrec(hidden=64, head=(128, 128)),
-  "hstu": Hstu(head=(128, 128)),
-  "interformer": InterFormer(rank=8, mlp=(128,), head=(128,)),
+  "sasrec": Sasrec(layers=1, hidden=64, head=(128, 128)),
+  "hstu": Hstu(layers=1, head=(128, 128)),
+  "interformer": InterFormer(layers=1, rank=8, mlp=(128,), head=(128,)),
 }
 # GEM without one of its parts, or with another.
 ABLATIONS = {
@@ -65,10 +64,10 @@ def get_config(variant: str = "gem") -> Config:
   model = MODELS.get(variant) or dataclasses.replace(GEM, **ABLATIONS.get(variant, {}))
   config = Config(
     name=f"movielens_{variant}",
-    data=Data(path="movielens", batch_size=512, history=50, window_blocks=32),
+    data=Data(path="movielens", batch_size=512, history=30, window_blocks=32),
     embedding=Embedding(dim=32, learning_rate=0.02, l2=0.05),
     model=dataclasses.replace(model),
     optimizer=Optimizer(learning_rate=1e-3, warmup=0.1, schedule="linear"),
-    train=Train(epochs=3, eval_every=0.5),
+    train=Train(epochs=2, eval_every=1.0),
   )
   return light(config) if variant == "light" else config

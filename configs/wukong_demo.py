@@ -12,7 +12,7 @@ from gemjax.config import Config, Data, Embedding, Optimizer, Train, Wukong
 def get_config() -> Config:
   return Config(
     name="wukong_demo",
-    data=Data(path="demo", batch_size=2048),
+    data=Data(path="demo", batch_size=2048, history=10),
     embedding=Embedding(dim=16, learning_rate=0.02),
     model=Wukong(layers=2, fmb_units=8, lcb_units=8, rank=8, mlp=(128,), head=(128,)),
     optimizer=Optimizer(learning_rate=2e-3, warmup=0.05, schedule="cosine"),

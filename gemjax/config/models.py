@@ -95,7 +95,7 @@ def validate_model(model: Any, prefix: str = "model") -> None:
     elif field.name == "fm":
       one_of(value, name, "basic", "optimised", "attentive")
     elif field.name == "gating":
-      one_of(value, name, "sigmoid", "tanh", "identity")
+      one_of(value, name, "sigmoid", "tanh", "identity", *(["none"] * isinstance(model, Gem)))
     elif field.name in _OPTIONAL:
       need(value >= 0, name, value, "at least 0")
     elif isinstance(value, int) and not isinstance(value, bool):

@@ -100,9 +100,10 @@ class Gem:
   personalised: bool = True  # A feed-forward matrix of its own for every example.
   cls: int = 4  # n_sum, units of X_sum.
   cross: bool = True  # X_sum attends over every branch.
+  target: bool = True  # So does the candidate, as a token like the events'.
   pma: int = 2
   recent: int = 2
-  gating: str = "sigmoid"  # sigmoid | tanh | identity
+  gating: str = "none"  # sigmoid | tanh | identity, InterFormer's gates; none.
   domain: str = ""  # Sparse feature whose every value has a norm and heads of its own.
   head: tuple[int, ...] = (128,)
   dropout: float = 0.0
@@ -133,7 +134,7 @@ def validate_gem(model: Any, prefix: str) -> None:
     need(getattr(model, name) % model.width == 0, f"{prefix}.{name}", getattr(model, name), law)
   need(model.memory_units <= outputs, f"{prefix}.memory_units", model.memory_units,
        f"at most the {outputs} units of a layer")  # fmt: skip
-  if model.strides:
-    summary = model.exchange or model.cross or model.pma or model.recent
-    law = "true where cross, pma and recent are off: nothing else would leave the sequences"
-    need(summary, f"{prefix}.exchange", model.exchange, law)
+  newest = model.recent and model.strides == (1,)  # Branches of other strides pass no events on.
+  told = model.cross or model.target or model.pma or newest
+  law = "positive where cross and target are off: only newest events of stride 1 would be told"
+  need(not model.strides or told, f"{prefix}.pma", model.pma, law)

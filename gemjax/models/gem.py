@@ -9,7 +9,8 @@ i = 1..l all parts read the layer's inputs, so that interactions and sequences r
   A       = attention of X_sum over the memories M_0 .. M_{i-1}
   X_{i+1} = concat over the width of WukongLayer([X_i | S_sum | A])
   S_{i+1} = cell(S_i + LN(S_i) W(X_sum))   of every branch; cell: a transformer or an HSTU block
-  S_sum   = Gating([cross(X_sum, S) | PMA(S) | newest tokens]) over all branches S_{i+1}; first 0
+  S_sum   = [cross(X_sum, S) | cross(candidate, S) | PMA(S) | newest tokens], gated if asked for,
+            over all branches S_{i+1}; first 0
   M_i     = LN(C X_{i+1}), some units;  M_0 = C X_0
 
   ŷ = MLP([X_{l+1} | S_sum])               of the example's domain, behind the domain's own norm
@@ -108,7 +109,7 @@ class BranchSummary(nnx.Module):
     self, config: config_lib.Gem, branches: tuple[Branch, ...], dim: int, dtype: str, rngs
   ):
     make = {"dtype": dtype, "rngs": rngs}
-    cross = config.cls if config.cross else 0
+    cross = (config.cls if config.cross else 0) + config.target
     summary = lambda b: SequenceSummary(
       config.coarse, dim, cross=cross, pma=config.pma,
       recent=config.recent if b.stride == 1 else 0, **make,
@@ -116,9 +117,17 @@ class BranchSummary(nnx.Module):
     self.sequences = nnx.List([summary(b) for b in branches])
     self.gate = Gating(config.gating, dim, **make)
     self.outputs = sum(s.units for s in self.sequences)
+    self.cross, self.target = config.cross, config.target
 
-  def __call__(self, sequences: list[Tokens], x_sum_BMD: jax.Array) -> jax.Array:
-    parts = [summary(s, x_sum_BMD) for summary, s in zip(self.sequences, sequences)]
+  def __call__(
+    self, sequences: list[Tokens], x_sum_BMD: jax.Array, candidates: list[jax.Array]
+  ) -> jax.Array:
+    """`candidates` has the candidate's token (B, D) for every branch."""
+    parts = []
+    for summary, tokens, candidate_BD in zip(self.sequences, sequences, candidates):
+      asked = [x_sum_BMD] if self.cross else []
+      asked += [candidate_BD[:, None]] if self.target else []
+      parts.append(summary(tokens, jnp.concatenate(asked, 1) if asked else None))
     return self.gate(jnp.concatenate(parts, 1))
 
 
@@ -147,7 +156,9 @@ class GemLayer(nnx.Module):
       [WukongLayer(share, inputs, dim, dtype, rngs) for _ in range(config.width)]
     )
 
-  def __call__(self, state: State, branches: list[Tokens], index, key_B: Key) -> State:
+  def __call__(
+    self, state: State, branches: list[Tokens], candidates: list[jax.Array], index, key_B: Key
+  ) -> State:
     """Layer number `index`, from 1 on: as many memories are written before it."""
     key = lambda part: fold(key_B, part)
     sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
@@ -163,7 +174,7 @@ class GemLayer(nnx.Module):
     ]
     s_sum_BMD, memory_BLKD = state.s_sum_BMD, state.memory_BLKD
     if self.summary is not None:
-      s_sum_BMD = self.summary(sequences, x_sum_BMD)
+      s_sum_BMD = self.summary(sequences, x_sum_BMD, candidates)
     if self.memory is not None:
       memory_BLKD = self.memory.write(x_BND, memory_BLKD, index)
     return State(x_BND, tuple(s.x_ED for s in sequences), s_sum_BMD, memory_BLKD)
@@ -218,7 +229,7 @@ class Gem(nnx.Module):
     domain_B: jax.Array | None = None,
   ) -> jax.Array:
     B, _, D = x_BND.shape
-    branches = self._branches(histories)
+    branches, candidates = self._branches(x_BND, histories)
     memory_BLKD = jnp.zeros((B, self.depth + 1, self.memory_units, D), x_BND.dtype)
     if self.memory is not None:
       memory_BLKD = memory_BLKD.at[:, 0].set(self.memory(x_BND))
@@ -233,20 +244,26 @@ class Gem(nnx.Module):
     def layer(state, at):
       weights, index = at
       key = fold(fold(key_B, 1), index)
-      return nnx.merge(graph, weights)(state, branches, index, key), None
+      return nnx.merge(graph, weights)(state, branches, candidates, index, key), None
 
     state, _ = jax.lax.scan(layer, state, (weights, jnp.arange(1, self.depth + 1)))
     s_sum_BMD = state.s_sum_BMD
     if self.summary is not None:
       sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
-      s_sum_BMD = self.summary(sequences, self.units(state.x_BND))
+      s_sum_BMD = self.summary(sequences, self.units(state.x_BND), candidates)
     units_BND = jnp.concatenate([state.x_BND, s_sum_BMD], 1)
     return self.heads(rearrange(units_BND, "b n d -> b (n d)"), domain_B, fold(key_B, 2))
 
-  def _branches(self, histories: dict[str, EventRows]) -> list[Tokens]:
+  def _branches(
+    self, x_BND: jax.Array, histories: dict[str, EventRows]
+  ) -> tuple[list[Tokens], list[jax.Array]]:
+    """The tokens of every branch, and the candidate as a token of its history (B, D)."""
     names = dict.fromkeys(b.history for b in self.branches)
-    tokens = {name: events(histories[name]) for events, name in zip(self.events, names)}
-    out = []
-    for name, stride, _ in self.branches:
-      out.append(tokens[name] if stride == 1 else tokens_lib.coarsen(tokens[name], stride))
-    return out
+    inputs = dict(zip(names, self.events))
+    tokens = {name: events(histories[name]) for name, events in inputs.items()}
+    candidates = {name: events.candidate(x_BND) for name, events in inputs.items()}
+    branches = [
+      tokens[name] if stride == 1 else tokens_lib.coarsen(tokens[name], stride)
+      for name, stride, _ in self.branches
+    ]
+    return branches, [candidates[name] for name, _, _ in self.branches]

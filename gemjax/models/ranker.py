@@ -118,7 +118,8 @@ class Ranker(nnx.Module):
   ) -> jax.Array:
     histories = histories or {}
     if self.pooled and histories:
-      means = [pooled(rows) for rows in histories.values()]
+      # The order in which jit passes a dict, so that it is the same without.
+      means = [pooled(histories[name]) for name in sorted(histories)]
       units_BND = jnp.concatenate([units_BND, *means], 1)
     x_BND = self.inputs(units_BND, small_BSW, dense_BF, fold(key_B, 0))
     args = (histories,) if isinstance(self.model, SEQUENTIAL) else ()

@@ -78,7 +78,7 @@ def _readers(model: config_lib.Model) -> Iterator[_Reader]:
       yield _Reader(model.attention, 1, model.layers, queries, True)
     case config_lib.Gem():
       times = model.layers if model.exchange else 1
-      queries = times * (model.pma + (model.cls if model.cross else 0))
+      queries = times * (model.pma + (model.cls if model.cross else 0) + model.target)
       personal = model.exchange and model.personalised
       for stride in model.strides:
         attention = model.fine if stride == 1 else model.coarse
