@@ -1,13 +1,17 @@
 """DIN, SASRec and HSTU against their formulas; what a ranker tells its model of histories."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from history_case import SPECS, Case, D, N, T
+from history_case import LENGTHS, SPECS, B, Case, D, N, T, ends, make_histories
 from numpy_layers import candidate_token, event_tokens, heads
 from sequence_oracle import hstu, layer_norm, mlp, transformer
 
 from gemjax import config as c
+from gemjax.layers.events import EventRows
+from gemjax.models import Ranker
 from gemjax.models.din import Din
 from gemjax.models.sequence_ranker import SequenceRanker
 
@@ -65,3 +69,43 @@ def test_din():
 def test_sequence_rankers(config):
   oracle = lambda *args: sequence_ranker(config, *args)
   case(SequenceRanker, config, oracle, histories=3 - config.layers).check_all()
+
+
+def ranker(model):
+  """Of two dense units, then N looked-up ones; the ranker, and what it reads."""
+  config = c.Config(name="x", model=model, embedding=c.Embedding(dim=D, dense_units=2))
+  made = Ranker(config, units=N, small=0, dense=3, tasks=T, histories=SPECS, rngs=nnx.Rngs(0))
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return made, (normal(B, N, D), normal(B, 0, 4), normal(B, 3))
+
+
+def test_a_model_without_histories_reads_the_means_of_their_units():
+  made, inputs = ranker(c.Mlp(head=()))
+  rows = {
+    name: EventRows(*map(jnp.asarray, parts), jnp.array(LENGTHS[name]))
+    for name, parts in make_histories().items()
+  }
+  logits = made(*inputs, None, rows)
+  np.testing.assert_allclose(jax.jit(made)(*inputs, None, rows), logits, rtol=1e-5, atol=1e-5)
+  # Units of histories follow in the order of the histories' names.
+  x_BND = made.inputs(*inputs)
+  means = np.zeros((B, 3, D))
+  for first, name in ((0, "buys"), (1, "views")):
+    units_EFD = make_histories()[name][0]
+    for b, (start, end) in enumerate(zip(ends(name), ends(name)[1:])):
+      if end > start:
+        means[b, first : first + units_EFD.shape[1]] = units_EFD[start:end].mean(0)
+  w = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(made.model.heads, nnx.Param)))
+  wanted = [heads(np.concatenate([x, m]), w) for x, m in zip(x_BND, means)]
+  np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_candidate_is_counted_among_the_looked_up_units():
+  """Dense units stand before them in what the model reads."""
+  made, inputs = ranker(c.Din(hidden=(4,), head=(4,)))
+  x_BND = made.inputs(*inputs)
+  for spec, events in zip(SPECS, made.model.events):
+    w = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(events, nnx.Param)))
+    wanted = [candidate_token(np.asarray(x), spec.candidate, w)[0] for x in inputs[0]]
+    np.testing.assert_allclose(events.candidate(x_BND), wanted, rtol=1e-4, atol=1e-5)
