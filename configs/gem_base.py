@@ -1,4 +1,4 @@
-"""GEM at the size of a vertical's foundation: about half a billion dense parameters, for planning.
+"""GEM at the size of a vertical's foundation: about a billion dense parameters, for planning.
 
 There is no data for it: three histories as an ads platform has them, organic and ads engagement and
 conversions, over power-law tables (`get_features`). `:light` is a quarter as wide.

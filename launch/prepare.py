@@ -49,7 +49,8 @@ def main(argv):
   print(f"{data.path}: " + ", ".join(f"{n} {s.examples:,}" for n, s in data.splits.items()))
   print(
     f"{len(f.dense)} dense, {len(f.sparse)} sparse, {len(f.sequence)} sequence features, "
-    f"{sum(f.tables.values()):,} rows in {len(f.tables)} tables, labels {list(f.tasks)}"
+    + "".join(f"history {n} of {h.events:,} events, " for n, h in data.histories.items())
+    + f"{sum(f.tables.values()):,} rows in {len(f.tables)} tables, labels {list(f.tasks)}"
   )
   return 0
 
