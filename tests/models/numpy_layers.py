@@ -16,11 +16,11 @@ def over_units(x, w):
 
 
 def gating(x, w, kind):
-  return ACTIVATIONS[kind](x * mlp(x, w["mlp"]))
+  return x if kind == "none" else ACTIVATIONS[kind](x * mlp(x, w["mlp"]))
 
 
 def unit_summary(x, w, kind):
-  return gating(over_units(x, w["compress"]), w["gate"], kind)
+  return gating(over_units(x, w["compress"]), w.get("gate"), kind)
 
 
 def age_bucket(age):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from history_case import SPECS, B, Case, D, N, T
 from numpy_layers import (
+  candidate_token,
   coarsen,
   event_tokens,
   gating,
@@ -39,22 +40,24 @@ CONFIG = c.Gem(
 class Branch:
   """One history at one resolution, for one example."""
 
-  def __init__(self, config, spec, stride, s, age):
-    self.stride, self.length = stride, -(-spec.length // stride)
+  def __init__(self, config, spec, stride, s, age, candidate):
+    self.candidate, self.stride, self.length = candidate, stride, -(-spec.length // stride)
     self.s, self.age = (s, age) if stride == 1 else coarsen(s, age, stride)
     self.attention = config.fine if stride == 1 else config.coarse
 
 
 def said(config, branches, x_sum, w):
   """S_sum: what leaves the branches."""
-  queries, parts = (x_sum if config.cross else None), []
+  parts = []
   for b, branch in enumerate(branches):
     of = w.get("sequences", {}).get(b, {})  # Nothing is learnt where only newest events leave.
+    asked = [x_sum] * config.cross + [branch.candidate] * config.target
+    queries = np.concatenate(asked) if asked else None
     recent = config.recent if branch.stride == 1 else 0
     parts.append(
       sequence_summary(branch.s, branch.age, of, config.coarse, queries=queries, recent=recent)
     )
-  return gating(np.concatenate(parts), w["gate"], config.gating)
+  return gating(np.concatenate(parts), w.get("gate"), config.gating)
 
 
 def layer(config, branches, x, s_sum, memories, w):
@@ -82,11 +85,12 @@ def oracle(config, w, x, histories, domain_B=None):
   branches = []
   for i, (units, age) in enumerate(histories if config.strides else ()):
     s = event_tokens(units, age, w["events"][i])
-    branches += [Branch(config, SPECS[i], stride, s, age) for stride in config.strides]
+    candidate = candidate_token(x, SPECS[i].candidate, w["events"][i])
+    branches += [Branch(config, SPECS[i], stride, s, age, candidate) for stride in config.strides]
   memories = [over_units(x, w["memory"])] if config.memory_units else []
   x = wukong_layer(x, w["first"], config.fmb_units)
   of_stride = lambda b: config.recent if b.stride == 1 else 0
-  queries = config.pma + (config.cls if config.cross else 0)
+  queries = config.pma + (config.cls if config.cross else 0) + config.target
   told = sum(queries + of_stride(b) for b in branches) if config.exchange else 0
   s_sum = np.zeros((told, D))
   for i in range(config.layers):
@@ -154,10 +158,12 @@ SWITCHES = {  # What is switched, and which parameters go with it.
   "exchange": ({"exchange": False}, r"layers\.(summary|branches\.\d\.(norm|personal))\."),
   "personalised": ({"personalised": False}, r"layers\.branches\.\d\.(norm|personal)\."),
   "cross": ({"cross": False}, "none"),
+  "target": ({"target": False}, "none"),
+  "gating": ({"gating": "none"}, r"layers\.(units|summary)\.gate\."),
   "pma": ({"pma": 0}, r"layers\.summary\.sequences\.\d\.pool\.seeds_MD"),
   "recent": ({"recent": 0}, "none"),
   "all but recent": (
-    {"cross": False, "pma": 0, "strides": (1,)},
+    {"cross": False, "target": False, "pma": 0, "strides": (1,)},
     r"layers\.(summary\.sequences|branches\.1)\.",
   ),
   "memory": ({"memory_units": 0}, r"(layers\.)?memory\."),
@@ -187,3 +193,11 @@ def test_a_part_is_switched_off(quickly_compiled, whole, name):
 
 def test_hstu_cells(quickly_compiled):
   case(dataclasses.replace(CONFIG, cell="hstu"), 1).check_forward()
+
+
+@pytest.mark.parametrize("strides", [(1, 3), (3,)])
+def test_a_branch_that_nothing_leaves_is_refused(strides):
+  model = dataclasses.replace(CONFIG, cross=False, target=False, pma=0, strides=strides)
+  with pytest.raises(c.ConfigError, match=r"config\.model\.pma is 0, but must be positive where"):
+    c.Config(name="x", model=model).validate()
+  c.Config(name="x", model=dataclasses.replace(model, strides=(1,))).validate()

@@ -15,7 +15,7 @@ from gemjax.train.flops import matmul_flops
 
 D = 16
 WHOLE, BLOCKS = c.Attention(), c.Attention(block=8)
-GEM = c.Gem(layers=3, strides=(1, 4), fine=BLOCKS, coarse=WHOLE, cls=2, cross=True, pma=3)
+GEM = c.Gem(layers=3, strides=(1, 4), fine=BLOCKS, coarse=WHOLE, cls=2, pma=3)
 
 
 def config(model):
@@ -40,10 +40,10 @@ def products(tokens, block, causal, queries, personal):
 @pytest.mark.parametrize("lengths", [(0,), (16, 0, 32), (8, 64)])
 def test_products_of_pairs(lengths):
   flops = lambda model: jagged_flops(config(model), {"views": np.array(lengths)})
-  gem = sum(3 * products(n, 8, True, 5, True) for n in lengths)
-  gem += sum(3 * products(n // 4, 0, True, 5, True) for n in lengths)
+  gem = sum(3 * products(n, 8, True, 6, True) for n in lengths)
+  gem += sum(3 * products(n // 4, 0, True, 6, True) for n in lengths)
   assert flops(GEM) == 3 * gem
-  alone = sum(3 * products(n, 8, True, 0, False) + products(n, 0, False, 5, False) -
+  alone = sum(3 * products(n, 8, True, 0, False) + products(n, 0, False, 6, False) -
               products(n, 0, False, 0, False) for n in lengths)  # fmt: skip
   late = dataclasses.replace(GEM, strides=(1,), exchange=False)
   assert flops(late) == 3 * alone
