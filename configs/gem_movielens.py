@@ -15,6 +15,7 @@ from gemjax.config import (
   Gem,
   Hstu,
   InterFormer,
+  Mlp,
   Optimizer,
   Sasrec,
   Train,
@@ -35,6 +36,7 @@ GEM = Gem(layers=1, **INTERACTION, strides=(1, 8), fine=FINE, coarse=COARSE)
 MODELS = {
   "gem": GEM,
   "wukong": Wukong(layers=2, **INTERACTION),  # With pooled history.
+  "mlp": Mlp(head=(128, 128)),  # With pooled history, too.
   "din": Din(head=(128, 128)),
   "sasrec": Sasrec(layers=1, hidden=64, head=(128, 128)),
   "hstu": Hstu(layers=1, head=(128, 128)),
@@ -48,9 +50,11 @@ ABLATIONS = {
   "no_personalised": {"personalised": False},
   "no_memory": {"memory_units": 0},
   "no_cross": {"cross": False},
+  "no_target": {"target": False},
   "no_pma": {"pma": 0},
   "no_recent": {"recent": 0},
   "no_pooled": {"pooled": False},
+  "no_skip": {"skip": False},
   "hstu_cell": {"cell": "hstu"},
   "width_2": {"width": 2},
   "full_attention": {"fine": COARSE},

@@ -86,6 +86,7 @@ class Gem:
   width: int = 1  # Blocks side by side in a layer, which share its units out among them.
   memory_units: int = 4  # Of a layer's output, over which later layers attend; 0: plain Wukong.
   pooled: bool = True  # Whether means over histories are units of the input.
+  skip: bool = True  # Whether the head reads the input's units, too.
   # Sequence towers: for every history a pyramid of branches side by side.
   strides: tuple[int, ...] = (1, 8)  # Events a token of each branch; (): no towers.
   cell: str = "transformer"  # transformer | hstu

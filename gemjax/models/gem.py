@@ -13,7 +13,7 @@ i = 1..l all parts read the layer's inputs, so that interactions and sequences r
             over all branches S_{i+1}; first 0
   M_i     = LN(C X_{i+1}), some units;  M_0 = C X_0
 
-  ŷ = MLP([X_{l+1} | S_sum])               of the example's domain, behind the domain's own norm
+  ŷ = MLP([X_0 | X_{l+1} | S_sum])         of the example's domain, behind the domain's own norm
 
 Pyramid: every history is read by branches of several strides side by side. The branch of stride 1
 has all events, which attend inside blocks of 64: O(T). A branch of stride s has the means of s
@@ -216,10 +216,11 @@ class Gem(nnx.Module):
     self.units = UnitSummary(outputs, config.cls, dim, config.gating, **make) if late else None
     self.summary = summary() if late else None
     said = self.summary if late else self.layers.summary
-    inputs = (outputs + (said.outputs if said is not None else 0)) * dim
+    read = (units if config.skip else 0) + outputs + (said.outputs if said is not None else 0)
+    inputs = read * dim
     self.heads = DomainHeads(inputs, config.head, tasks, domains, config.dropout, dtype, rngs)
     self.told = 0 if late or said is None else said.outputs
-    self.depth, self.memory_units = config.layers, config.memory_units
+    self.skip, self.depth, self.memory_units = config.skip, config.layers, config.memory_units
 
   def __call__(
     self,
@@ -251,7 +252,8 @@ class Gem(nnx.Module):
     if self.summary is not None:
       sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
       s_sum_BMD = self.summary(sequences, self.units(state.x_BND), candidates)
-    units_BND = jnp.concatenate([state.x_BND, s_sum_BMD], 1)
+    read = [x_BND] if self.skip else []
+    units_BND = jnp.concatenate([*read, state.x_BND, s_sum_BMD], 1)
     return self.heads(rearrange(units_BND, "b n d -> b (n d)"), domain_B, fold(key_B, 2))
 
   def _branches(

@@ -88,6 +88,7 @@ def oracle(config, w, x, histories, domain_B=None):
     candidate = candidate_token(x, SPECS[i].candidate, w["events"][i])
     branches += [Branch(config, SPECS[i], stride, s, age, candidate) for stride in config.strides]
   memories = [over_units(x, w["memory"])] if config.memory_units else []
+  skipped = x if config.skip else x[:0]
   x = wukong_layer(x, w["first"], config.fmb_units)
   of_stride = lambda b: config.recent if b.stride == 1 else 0
   queries = config.pma + (config.cls if config.cross else 0) + config.target
@@ -101,7 +102,7 @@ def oracle(config, w, x, histories, domain_B=None):
   if branches and not config.exchange:
     x_sum = unit_summary(x, w["units"], config.gating)
     s_sum = said(config, branches, x_sum, w["summary"])
-  x, domain, of = np.concatenate([x, s_sum]).reshape(-1), domain_B, w["heads"]
+  x, domain, of = np.concatenate([skipped, x, s_sum]).reshape(-1), domain_B, w["heads"]
   if domain is None:
     return heads(x, of["heads"][0])
   return heads(x * (1 + of["gain_KI"][domain]) + of["bias_KI"][domain], of["heads"][domain])
@@ -160,6 +161,7 @@ SWITCHES = {  # What is switched, and which parameters go with it.
   "cross": ({"cross": False}, "none"),
   "target": ({"target": False}, "none"),
   "gating": ({"gating": "none"}, r"layers\.(units|summary)\.gate\."),
+  "skip": ({"skip": False}, "none"),
   "pma": ({"pma": 0}, r"layers\.summary\.sequences\.\d\.pool\.seeds_MD"),
   "recent": ({"recent": 0}, "none"),
   "all but recent": (
