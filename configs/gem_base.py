@@ -1,4 +1,4 @@
-"""GEM at the size of a vertical's foundation: about a billion dense parameters, for planning.
+"""GEM at the size of a vertical's foundation: 1.75 billion dense parameters, for planning.
 
 There is no data for it: three histories as an ads platform has them, organic and ads engagement and
 conversions, over power-law tables (`get_features`). `:light` is a quarter as wide.
@@ -17,7 +17,9 @@ LENGTHS = {"organic": 1024, "ads": 512, "conversions": 256}
 DOMAINS = 6  # Surfaces; two rows of the table are missing and unknown.
 
 
-def get_config(variant: str = "") -> c.Config:
+def get_config(variant: str = "full") -> c.Config:
+  if variant not in ("full", "light"):
+    raise c.ConfigError(f"variant {variant!r} is neither full nor light")
   fine = c.Attention(heads=4, block=64, rope=10000.0, qk_norm=True, time_buckets=32)
   coarse = c.Attention(heads=4, rope=10000.0, qk_norm=True)
   config = c.Config(

@@ -4,16 +4,28 @@ heads of their own, two tasks.
 python launch/train.py --config=configs/gem_demo.py --workdir=runs/gem_demo
 """
 
-from gemjax.config import Attention, Config, Data, Embedding, Gem, Optimizer, Train, light
+from gemjax.config import (
+  Attention,
+  Config,
+  ConfigError,
+  Data,
+  Embedding,
+  Gem,
+  Optimizer,
+  Train,
+  light,
+)
 
 
-def get_config(variant: str = "") -> Config:
+def get_config(variant: str = "full") -> Config:
+  if variant not in ("full", "light"):
+    raise ConfigError(f"variant {variant!r} is neither full nor light")
   config = Config(
     name="gem_demo",
     data=Data(path="demo", batch_size=1024, history=20, demo_examples=400_000, window_blocks=32),
     embedding=Embedding(dim=16, learning_rate=0.02),
     model=Gem(
-      layers=1,
+      layers=2,
       fmb_units=8,
       lcb_units=8,
       rank=8,

@@ -14,7 +14,9 @@ from gemjax import config as c
 BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("gem_base.py")))
 
 
-def get_config(variant: str = "") -> c.Config:
+def get_config(variant: str = "full") -> c.Config:
+  if variant not in ("full", "light"):
+    raise c.ConfigError(f"variant {variant!r} is neither full nor light")
   base = BASE["get_config"]()
   model = dataclasses.replace(
     base.model, layers=6, fmb_units=64, lcb_units=64, rank=64, mlp=(8192, 8192), width=2,
@@ -25,8 +27,6 @@ def get_config(variant: str = "") -> c.Config:
     embedding=dataclasses.replace(base.embedding, dim=256),
     model=model,
   )
-  for attention in (model.fine, model.coarse):
-    attention.heads = 4
   return c.light(config) if variant == "light" else config
 
 

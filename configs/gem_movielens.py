@@ -9,6 +9,7 @@ import dataclasses
 from gemjax.config import (
   Attention,
   Config,
+  ConfigError,
   Data,
   Din,
   Embedding,
@@ -32,7 +33,7 @@ INTERACTION = {
 }
 FINE = Attention(block=64, rope=10000.0, qk_norm=True)
 COARSE = Attention(rope=10000.0, qk_norm=True)
-GEM = Gem(layers=1, **INTERACTION, strides=(1, 8), fine=FINE, coarse=COARSE)
+GEM = Gem(layers=2, **INTERACTION, strides=(1, 8), fine=FINE, coarse=COARSE)
 MODELS = {
   "gem": GEM,
   "wukong": Wukong(layers=2, **INTERACTION),  # With pooled history.
@@ -61,16 +62,24 @@ ABLATIONS = {
 }
 
 
+def _own(model) -> dict:
+  """Sections of the model as objects of its own: a flag shall change one."""
+  sections = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+  return {n: dataclasses.replace(a) for n, a in sections.items() if isinstance(a, Attention)}
+
+
 def get_config(variant: str = "gem") -> Config:
   """`:din` trains a baseline with the same recipe, `:no_memory` GEM without a part, `:light` a
   light GEM.
   """
+  if variant not in (*MODELS, *ABLATIONS, "light"):
+    raise ConfigError(f"variant {variant!r} is none of {[*MODELS, *ABLATIONS, 'light']}")
   model = MODELS.get(variant) or dataclasses.replace(GEM, **ABLATIONS.get(variant, {}))
   config = Config(
-    name=f"movielens_{variant}",
+    name="movielens_gem" if variant == "light" else f"movielens_{variant}",
     data=Data(path="movielens", batch_size=512, history=30, window_blocks=32),
     embedding=Embedding(dim=32, learning_rate=0.02, l2=0.05),
-    model=dataclasses.replace(model),
+    model=dataclasses.replace(model, **_own(model)),
     optimizer=Optimizer(learning_rate=1e-3, warmup=0.1, schedule="linear"),
     train=Train(epochs=2, eval_every=1.0),
   )

@@ -12,7 +12,9 @@ from gemjax import config as c
 BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("gem_base.py")))
 
 
-def get_config(variant: str = "") -> c.Config:
+def get_config(variant: str = "full") -> c.Config:
+  if variant not in ("full", "light"):
+    raise c.ConfigError(f"variant {variant!r} is neither full nor light")
   base = BASE["get_config"]()
   model = dataclasses.replace(
     base.model, layers=2, fmb_units=32, lcb_units=32, rank=32, mlp=(2048,), width=1, head=(512,),

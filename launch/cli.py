@@ -46,7 +46,7 @@ def _parse(argv: list[str]) -> list[str]:
   except Exception as error:  # config_flags runs the config file, which may raise anything.
     config = next((f" ({arg})" for arg in argv if arg.startswith("--config=")), "")
     kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
-    mend = "see --help, and gemjax/config.py for the fields"
+    mend = "see --help, and gemjax/config/ for the fields"
     _fail(2, f"wrong flags{config}: {kind}{_sentence(error)}; {mend}")
 
 

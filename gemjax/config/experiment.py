@@ -164,7 +164,7 @@ class Config:
     )
     one_of(emb.dtype, "embedding.dtype", "float32", "bfloat16")
     one_of(emb.optimizer, "embedding.optimizer", "rowwise_adagrad", "adagrad", "sgd", "lazy_adam")
-    validate_model(self.model)
+    validate_model(self.model, emb.dim)
     for name in ("learning_rate", "clip_norm", "l2"):
       value = getattr(opt, name)
       _need(real(value), f"optimizer.{name}", value, "a finite number of at least 0")

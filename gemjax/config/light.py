@@ -12,9 +12,9 @@ SHARE = 4
 def light(config: Config) -> Config:
   """A quarter of every width, and all else as it was: layers, units, branches, events, batches.
 
-  The width of a unit and of hidden layers is divided by four, and so is the
-  number of attention heads, so that a head keeps its width. Matrix products then cost about a
-  sixteenth, tables a quarter. Meta runs over half of its experiments on such variants (GEM).
+  The width of a unit and of hidden layers is divided by four, and so is the number of attention
+  heads where there are as many. Matrix products between widths cost a sixteenth, those from units
+  to widths and tables a quarter. Meta runs over half of its experiments on such variants (GEM).
   """
   dim = config.embedding.dim // SHARE
   embedding = dataclasses.replace(
@@ -32,7 +32,7 @@ def _light(model: Any) -> Any:
     if isinstance(value, Attention):
       changes[field.name] = dataclasses.replace(value, heads=max(1, value.heads // SHARE))
     elif field.name in ("mlp", "head", "hidden"):
-      changes[field.name] = _narrow(value) if isinstance(value, tuple) else value // SHARE
+      changes[field.name] = _narrow(value) if isinstance(value, tuple) else max(1, value // SHARE)
   return dataclasses.replace(model, **changes)
 
 

@@ -80,13 +80,16 @@ Model = Wukong | Logistic | Fm | Dlrm | Dcnv2 | Mlp | Din | Sasrec | Hstu | Inte
 _OPTIONAL = {"memory_units", "recent", "pma"}
 
 
-def validate_model(model: Any, prefix: str = "model") -> None:
-  """Raises ConfigError for the first field outside its law."""
+def validate_model(model: Any, dim: int, prefix: str = "model") -> None:
+  """Raises ConfigError for the first field outside its law; `dim` is the width of a unit."""
   for field in dataclasses.fields(model):
     name, value = f"{prefix}.{field.name}", getattr(model, field.name)
     if isinstance(value, Attention):
-      validate_attention(value, name)
-    elif field.name in ("mlp", "head"):
+      validate_attention(value, name, dim)
+      # Blocks count from the oldest event: a candidate behind the newest may see none of them.
+      alone = value.block and isinstance(model, Sasrec | Hstu)
+      need(not alone, f"{name}.block", value.block, "0 where the candidate is the newest token")
+    elif field.name in ("mlp", "head") or (isinstance(value, tuple) and field.name == "hidden"):
       widths(value, name)
       empty = isinstance(model, Dcnv2) and not value
       need(not empty, name, value, "a tuple of at least one width")

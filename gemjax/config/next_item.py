@@ -55,10 +55,7 @@ class NextItem:
       need(getattr(tower, name) > 0, f"tower.{name}", getattr(tower, name), "positive")
     need(tower.negatives >= 0, "tower.negatives", tower.negatives, "at least 0")
     need(real(tower.dropout) and tower.dropout < 1, "tower.dropout", tower.dropout, "in [0, 1)")
-    validate_attention(tower.attention, "tower.attention")
-    heads = tower.attention.heads
-    law = f"a multiple of {heads} heads"
-    need(tower.dim % heads == 0, "tower.dim", tower.dim, law)
+    validate_attention(tower.attention, "tower.attention", tower.dim)
     for name in ("learning_rate", "clip_norm", "l2"):
       value = getattr(opt, name)
       need(real(value), f"optimizer.{name}", value, "a finite number of at least 0")

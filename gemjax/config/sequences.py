@@ -76,7 +76,7 @@ class InterFormer:
 class Gem:
   """GEM; see gemjax/models/gem.py. Every part can be switched off."""
 
-  layers: int = 2
+  layers: int = 2  # What sequences say reaches interactions from the second on.
   # Interaction tower: Wukong's layers.
   fmb_units: int = 16  # n_F
   lcb_units: int = 16  # n_L
@@ -111,9 +111,12 @@ class Gem:
   feature_dropout: float = 0.0
 
 
-def validate_attention(attention: Attention, name: str) -> None:
-  """Raises ConfigError for the first field outside its law."""
-  need(attention.heads > 0, f"{name}.heads", attention.heads, "positive")
+def validate_attention(attention: Attention, name: str, dim: int) -> None:
+  """Raises ConfigError for the first field outside its law; `dim` is the width of a token."""
+  heads = attention.heads
+  need(heads > 0 and dim % heads == 0, f"{name}.heads", heads, f"a divisor of the width {dim}")
+  even = dim // heads % 2 == 0 or not attention.rope
+  need(even, f"{name}.rope", attention.rope, f"0 where a head's width, {dim // heads}, is odd")
   for field in ("block", "window", "position_buckets", "time_buckets"):
     value = getattr(attention, field)
     need(value >= 0, f"{name}.{field}", value, "at least 0")

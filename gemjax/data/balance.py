@@ -61,7 +61,9 @@ def halves(cost_n: np.ndarray) -> np.ndarray:
     left = np.array([_left(gaps) for gaps in (cost_n[heavy] - cost_n[light]).tolist()])
     split = np.stack([np.where(left, heavy, light), np.where(left, light, heavy)], 1)
     parts = split.reshape(-1, split.shape[2])
-  return parts.reshape(-1)
+  # Parts of odd size may be cut further, by other numbers of devices: in no order of cost.
+  mixed = np.random.default_rng(parts.shape[1]).permutation(parts.shape[1])
+  return parts[:, mixed].reshape(-1)
 
 
 def _left(gaps: list[float]) -> list[bool]:

@@ -95,7 +95,13 @@ class Sequences:
   def stop_U(self) -> np.ndarray:
     """int64, of the users who have a sequence: one past its newest event."""
     stop_U = self.events.offsets_U1[1:] - 1 - self.held_out
-    return stop_U[stop_U > self.events.offsets_U1[:-1]]
+    stop_U = stop_U[stop_U > self.events.offsets_U1[:-1]]
+    if not len(stop_U):
+      raise RawDataError(
+        f"no user has the {self.held_out + 2} events that a sequence and the item behind it need; "
+        "give longer histories"
+      )
+    return stop_U
 
   @functools.cached_property
   def length_U(self) -> np.ndarray:

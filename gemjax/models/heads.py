@@ -40,8 +40,9 @@ class Heads(nnx.Module):
 class DomainHeads(nnx.Module):
   """Heads of each domain, behind the domain's own gain and bias: Heads_k(x * (1 + a_k) + b_k).
 
-  A domain's parameters learn from its own examples alone. All domains' heads are computed and one
-  is taken: heads are small beside the trunk. With no domains it is `Heads`.
+  A domain's parameters learn from its own examples alone, so that those of a value which training
+  never saw stay as they were born. All domains' heads are computed and one is taken, so that their
+  cost grows with the domains. With no domains it is `Heads`.
   """
 
   def __init__(

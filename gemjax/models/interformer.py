@@ -12,7 +12,8 @@ X' and S' both read the layer's inputs, so that the two run side by side.
 
 | choice                                                                    | whose |
 |---------------------------------------------------------------------------|-------|
-| the formulas above; W X and W(X_sum) are linear                            | paper |
+| the formulas above; W(X_sum) is linear                                     | paper |
+| W X: linear over units, where the paper has an MLP over them               | ours  |
 | MaskNet fuses an event's columns; rotary positions                         | paper |
 | Interaction: a Wukong layer and the MLP in it (also: dots, DCNv2, DHEN)    | paper |
 | several histories: an arch each, their S_sum stand side by side            | ours  |
@@ -94,7 +95,6 @@ class InterFormer(nnx.Module):
     count = len(histories)
     self.names = tuple(h.name for h in histories)
     self.events = nnx.List([EventInput(h, dim, dtype=dtype, rngs=rngs) for h in histories])
-    self.lead = UnitSummary(units, config.cls, dim, config.gating, dtype=dtype, rngs=rngs)
     exchange = lambda: Exchange(config, units, count, dim, dtype, rngs)
     self.exchanges = nnx.List([exchange() for _ in range(config.layers + 1)])
     # A Wukong layer that keeps the shape: half of the units from products, half compressed.
@@ -117,7 +117,7 @@ class InterFormer(nnx.Module):
   def __call__(
     self, x_BND: jax.Array, histories: dict[str, EventRows], key_B: Key = None
   ) -> jax.Array:
-    lead = tokens_lib.dense(self.lead(x_BND))
+    lead = tokens_lib.dense(self.exchanges[0].units(x_BND))
     sequences = [
       tokens_lib.concat(lead, events(histories[name]))
       for name, events in zip(self.names, self.events)

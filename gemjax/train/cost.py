@@ -21,6 +21,7 @@ class _Reader(NamedTuple):
   layers: int
   queries: int  # That attend over all tokens, summed over the layers.
   personal: bool  # Whether each layer multiplies by the example's own matrix.
+  more: int = 0  # Tokens beside the events: CLS, or the candidate.
 
 
 def example_cost(config: config_lib.Config, lengths: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -54,12 +55,24 @@ def jagged_flops(config: config_lib.Config, lengths: Mapping[str, np.ndarray]) -
   d, total = config.embedding.dim, 0.0
   for length_B in lengths.values():
     for reader in _readers(config.model):
-      tokens_B, keys_B = _seen(reader, length_B)
+      tokens_B = np.ceil(length_B / reader.stride) + reader.more
       causal = not isinstance(config.model, config_lib.InterFormer)
-      keys_B = (keys_B + 1) / 2 if causal and not reader.attention.window else keys_B
-      a_layer_B = (4 * d * keys_B + 2 * d * d * reader.personal) * tokens_B
+      a_layer_B = 4 * d * _pairs(reader.attention, tokens_B, causal)
+      a_layer_B = a_layer_B + 2 * d * d * reader.personal * tokens_B
       total += float((reader.layers * a_layer_B + 4 * d * reader.queries * tokens_B).sum())
   return 3 * total
+
+
+def _pairs(attention: config_lib.Attention, tokens_B: np.ndarray, causal: bool) -> np.ndarray:
+  """(query, key) pairs that see each other; exact but for both a block and a window."""
+  whole = lambda n_B: n_B * (n_B + 1) / 2 if causal else n_B * n_B
+  if attention.block:
+    blocks_B, rest_B = np.divmod(tokens_B, attention.block)
+    return blocks_B * whole(attention.block) + whole(rest_B)
+  if not attention.window:
+    return whole(tokens_B)
+  hidden_B = np.maximum(tokens_B - attention.window, 0)  # Keys that the farthest query misses.
+  return whole(tokens_B) - hidden_B * (hidden_B + 1) / (2 if causal else 1)
 
 
 def _seen(reader: _Reader, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -72,10 +85,10 @@ def _seen(reader: _Reader, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _readers(model: config_lib.Model) -> Iterator[_Reader]:
   match model:
     case config_lib.Sasrec() | config_lib.Hstu():
-      yield _Reader(model.attention, 1, model.layers, 0, False)
+      yield _Reader(model.attention, 1, model.layers, 0, False, more=1)
     case config_lib.InterFormer():
       queries = (model.layers + 1) * model.pma
-      yield _Reader(model.attention, 1, model.layers, queries, True)
+      yield _Reader(model.attention, 1, model.layers, queries, True, more=model.cls)
     case config_lib.Gem():
       times = model.layers if model.exchange else 1
       queries = times * (model.pma + (model.cls if model.cross else 0) + model.target)

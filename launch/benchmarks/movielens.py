@@ -7,9 +7,11 @@ runs/movielens) are not repeated, so that a suite that was interrupted goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
+import runpy
 import statistics
 import subprocess
 import sys
@@ -20,7 +22,7 @@ CONFIG = ROOT / "configs" / "gem_movielens.py"
 SETS = ("ml-1m", "ml-100k")
 SEEDS = (0, 1, 2)
 # What GEM is compared with; ablations are measured on the first set alone.
-MODELS = ("gem", "wukong", "din", "sasrec", "hstu", "interformer", "light")
+MODELS = ("gem", "wukong", "mlp", "din", "sasrec", "hstu", "interformer", "light")
 FIGURES = {
   "auc": lambda s: s["test"]["auc"],
   "gauc": lambda s: s["test"]["gauc"],
@@ -41,7 +43,8 @@ def run() -> dict[str, Any]:
     prepared = _prepared(name, data / name, runs / f"{name}-data")
     rows = MODELS + (ablations() if name == SETS[0] else ())
     for row in rows:
-      summaries = [_train(row, seed, prepared, runs / name / f"{row}-{seed}") for seed in SEEDS]
+      folder = runs / name / f"{row}-{_digest(row)}"
+      summaries = [_train(row, seed, prepared, folder / str(seed)) for seed in SEEDS]
       figures[name][row] = _mean(summaries)
   for name, rows in figures.items():
     print(f"\n{name}\n" + "\n".join(table(rows)), flush=True)
@@ -50,9 +53,13 @@ def run() -> dict[str, Any]:
 
 def ablations() -> tuple[str, ...]:
   """Names of the variants of GEM."""
-  import runpy
-
   return tuple(runpy.run_path(str(CONFIG))["ABLATIONS"])
+
+
+def _digest(row: str) -> str:
+  """Of the config, so that runs of another one are not taken for its own."""
+  config = runpy.run_path(str(CONFIG))["get_config"](row)
+  return hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:

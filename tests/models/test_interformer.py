@@ -24,7 +24,7 @@ CONFIG = c.InterFormer(
 
 
 def oracle(config, w, x, histories):
-  lead = unit_summary(x, w["lead"], config.gating)
+  lead = unit_summary(x, w["exchanges"][0]["units"], config.gating)
   sequences, ages = [], []
   for i, (units, age) in enumerate(histories):
     sequences.append(np.concatenate([lead, event_tokens(units, age, w["events"][i])]))

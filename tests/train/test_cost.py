@@ -37,20 +37,21 @@ def products(tokens, block, causal, queries, personal):
   return 2 * 2 * D * (pairs + queries * tokens) + personal * 2 * D * D * tokens
 
 
-@pytest.mark.parametrize("lengths", [(0,), (16, 0, 32), (8, 64)])
+@pytest.mark.parametrize("lengths", [(0,), (16, 0, 32), (8, 64), (7, 13, 30)])
 def test_products_of_pairs(lengths):
   flops = lambda model: jagged_flops(config(model), {"views": np.array(lengths)})
   gem = sum(3 * products(n, 8, True, 6, True) for n in lengths)
-  gem += sum(3 * products(n // 4, 0, True, 6, True) for n in lengths)
+  gem += sum(3 * products(-(-n // 4), 0, True, 6, True) for n in lengths)
   assert flops(GEM) == 3 * gem
   alone = sum(3 * products(n, 8, True, 0, False) + products(n, 0, False, 6, False) -
               products(n, 0, False, 0, False) for n in lengths)  # fmt: skip
   late = dataclasses.replace(GEM, strides=(1,), exchange=False)
   assert flops(late) == 3 * alone
-  sasrec = sum(2 * products(n, 0, True, 0, False) for n in lengths)
+  sasrec = sum(2 * products(n + 1, 0, True, 0, False) for n in lengths)
   assert flops(c.Sasrec(layers=2, attention=WHOLE)) == 3 * sasrec
-  interformer = sum(2 * products(n, 0, False, 4, True) for n in lengths)
-  interformer += sum(4 * 4 * D * n for n in lengths)  # The last summary.
+  cls = c.InterFormer().cls
+  interformer = sum(2 * products(n + cls, 0, False, 4, True) for n in lengths)
+  interformer += sum(4 * 4 * D * (n + cls) for n in lengths)  # The last summary.
   assert flops(c.InterFormer(layers=2, pma=4, attention=WHOLE)) == 3 * interformer
   assert flops(c.Wukong()) == flops(c.Din()) == 0
 
