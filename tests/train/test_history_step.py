@@ -1,0 +1,146 @@
+"""Every mesh trains models of histories to the losses of one device."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from gemjax import config as c
+from gemjax.features import Batch, Dense, EventColumn, Events, FeatureSet, History, Sparse
+from gemjax.parallel import placement
+from gemjax.parallel.arrays import to_devices
+from gemjax.parallel.mesh import make_mesh
+from gemjax.train.programs import Programs
+from gemjax.train.state import make_trainer
+
+B, STEPS = 32, 5
+ITEM, ACTION = EventColumn(name="item", size=3_000, table="item"), 6
+FEATURES = FeatureSet(
+  dense=(Dense(name="price"),),
+  sparse=(
+    Sparse(name="user", size=5_000, table="user"),
+    Sparse(name="item", size=3_000, table="item"),
+    Sparse(name="surface", size=5, table="surface"),
+  ),
+  history=(
+    History(
+      name="views",
+      columns=(ITEM, EventColumn(name="action", size=ACTION, table="action")),
+      max_length=12,
+    ),
+    History(name="buys", columns=(ITEM,), max_length=6),
+  ),
+  tasks=("click", "buy"),
+)
+RATES = {"dropout": 0.1, "feature_dropout": 0.1}
+ATTENTION = c.Attention(heads=2, rope=100.0, qk_norm=True)
+GEM = c.Gem(
+  layers=2, fmb_units=4, lcb_units=4, rank=4, mlp=(8,), memory_units=2, strides=(1, 4),
+  fine=c.Attention(heads=2, block=4, rope=100.0, qk_norm=True), coarse=ATTENTION, cls=2, pma=1,
+  recent=2, domain="surface", head=(8,), **RATES,
+)  # fmt: skip
+INTERFORMER = c.InterFormer(
+  layers=1, cls=2, pma=1, recent=2, attention=ATTENTION, rank=4, mlp=(8,), head=(8,), **RATES
+)
+# Model, histories, mesh. Compilation, nearly all of the time, grows with every branch.
+CASES = [(GEM, 1, (8, 1)), (GEM, 1, (2, 4)), (GEM, 1, (1, 8)), (INTERFORMER, 2, (2, 4))]
+
+
+def make_config(model) -> c.Config:
+  return c.Config(
+    name="histories",
+    data=c.Data(batch_size=B),
+    embedding=c.Embedding(dim=8, dense_mlp=(8,), init_scale=0.1, learning_rate=0.02, l2=1e-3),
+    model=model,
+    optimizer=c.Optimizer(learning_rate=1e-3, clip_norm=1.0, l2=1e-4),
+    train=c.Train(task_weights={"buy": 0.5}),
+  )
+
+
+def make_batch(features, t, shards) -> Batch:
+  """The same examples for every mesh; only the packing of events follows the devices."""
+  rng = np.random.default_rng(t)
+  draw = lambda size, *shape: np.minimum(rng.zipf(1.2, shape), size) - 1
+  ids = np.stack([draw(f.size, B) for f in features.sparse], 1)
+  click = (np.sin(ids[:, 0] * 1.7) + rng.normal(size=B) > 0).astype(np.float32)
+  histories = {}
+  for history in features.history:
+    lengths = rng.integers(0, history.max_length + 1, B)
+    lengths[: B // 8] = 0  # The first device of eight has no events.
+    events = np.stack([draw(column.size, lengths.sum()) for column in history.columns], 1)
+    ages = np.exp(rng.uniform(0, 17, lengths.sum())).astype(np.int32)
+    histories[history.name] = Events(
+      *(packed(x, lengths, history.max_length, shards) for x in (events.astype(np.int32), ages)),
+      lengths.astype(np.int32),
+    )
+  return Batch(
+    dense_BF=rng.normal(size=(B, 1)).astype(np.float32),
+    ids_BS=ids.astype(np.int32),
+    label_BT=np.stack([click, click * (rng.random(B) < 0.3)], 1).astype(np.float32),
+    weight_B=(np.arange(B) < B - 3).astype(np.float32),
+    group_B=np.zeros(B, np.int32),
+    oracle_BT=np.zeros((B, 0), np.float32),
+    sequences={},
+    histories=histories,
+  )
+
+
+def packed(x_E, lengths, longest, shards):
+  """The events of each shard's examples at the front of its slots."""
+  out = np.zeros((shards, B * longest // shards, *x_E.shape[1:]), np.int32)
+  ends = np.cumsum([0, *lengths.reshape(shards, -1).sum(1)])
+  for s, slots in enumerate(out):
+    slots[: ends[s + 1] - ends[s]] = x_E[ends[s] : ends[s + 1]]
+  return out.reshape(-1, *x_E.shape[1:])
+
+
+def run(model, histories, data, model_axis):
+  """(losses, the state after the last step)."""
+  features = dataclasses.replace(FEATURES, history=FEATURES.history[:histories])
+  mesh = make_mesh(data, model_axis, jax.devices()[: data * model_axis])
+  trainer = make_trainer(make_config(model), features, STEPS, mesh)
+  programs = Programs(trainer)
+  batches = (to_devices(mesh, make_batch(features, t, mesh.size)) for t in range(STEPS + 1))
+  state, upcoming = trainer.born(), next(batches)
+  plans, losses = programs.plan(upcoming), []
+  for _ in range(STEPS):
+    batch, upcoming = upcoming, next(batches)
+    state, plans, report = programs.step(state, plans, batch, upcoming)
+    losses.append(float(report.loss))
+  return np.array(losses), jax.device_get(state)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smooth():
+  """Small kernels are sharded, too, and no kink turns a rounding into another gradient."""
+  compile = jax.stages.Lowered.compile
+  # Fusions are not what is tested, and take half of the time.
+  options = {"xla_cpu_use_fusion_emitters": False}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(placement, "SMALLEST_SHARDED", 1)
+    patch.setattr(jax.nn, "relu", jax.nn.silu)
+    patch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile(lowered, options))
+    yield
+
+
+@pytest.fixture(scope="module")
+def one(smooth):
+  """Kind of model -> what comes of it on one device."""
+  return {type(m): run(m, histories, 1, 1) for m, histories in ((GEM, 1), (INTERFORMER, 2))}
+
+
+@pytest.mark.parametrize(
+  ("model", "histories", "mesh"), CASES, ids=["gem-8x1", "gem-2x4", "gem-1x8", "interformer-2x4"]
+)
+def test_losses_and_tables_are_those_of_one_device(one, model, histories, mesh):
+  expected, expected_state = one[type(model)]
+  losses, state = run(model, histories, *mesh)
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  for name in ("params", "stacks"):
+    wanted = jax.tree.leaves(getattr(expected_state, name))
+    for (path, array), other in zip(
+      jax.tree_util.tree_leaves_with_path(getattr(state, name)), wanted
+    ):
+      where = name + jax.tree_util.keystr(path)
+      np.testing.assert_allclose(array, other, rtol=1e-3, atol=1e-4, err_msg=where)
