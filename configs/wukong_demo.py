@@ -1,6 +1,6 @@
 """Wukong on a simulated ads log: no files needed.
 
-Under a minute on two CPU cores; test NE .785 for clicks (best possible .734), .801 for conversions
+Two minutes on two busy CPU cores; test NE .781 for clicks (best possible .734), .793 for conversions
 (.746).
 
 python launch/train.py --config=configs/wukong_demo.py --workdir=runs/demo
