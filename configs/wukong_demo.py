@@ -1,7 +1,7 @@
 """Wukong on a simulated ads log: no files needed.
 
-Two minutes on two busy CPU cores; test NE .781 for clicks (best possible .734), .793 for conversions
-(.746).
+Two minutes on two busy CPU cores; test NE .781 for clicks (best possible .734), .793 for
+conversions (.746).
 
 python launch/train.py --config=configs/wukong_demo.py --workdir=runs/demo
 """
