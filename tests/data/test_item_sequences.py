@@ -107,3 +107,10 @@ def test_a_folder_without_events_is_named(tmp_path):
   (tmp_path / "ratings.dat").write_text("7::30::5::20\n7::::5::20\n")
   with pytest.raises(RawDataError, match=r"line 2.*'item' is missing"):
     read_events(tmp_path)
+
+
+def test_events_too_few_for_any_sequence_are_refused():
+  few = Events(np.arange(4, dtype=np.int32), np.arange(4), np.array([0, 2, 4]), 4)
+  assert Sequences(few, LENGTH, 0, batch_size=8).batches == 1
+  with pytest.raises(RawDataError, match="no user has the 3 events that a sequence"):
+    _ = Sequences(few, LENGTH, 1, batch_size=8).batches
