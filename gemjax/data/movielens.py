@@ -1,9 +1,8 @@
 """MovieLens: ratings with the user's and the movie's side and the user's true past.
 
 An example is a rating; its label says rating >= 4. The history `rated` holds all movies that the
-user came to, with the rating where it is known and the movie's first genre; where most ratings are
-unknown, `scored` holds the events of known ones alone. Both sets are read as GroupLens publishes
-them and as typed tables (RecBole's files for 100K, chronological CSV for 1M).
+user came to, with the rating where it is known and the movie's first genre. Both sets are read as
+GroupLens publishes them and as typed tables (RecBole's files for 100K, chronological CSV for 1M).
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from gemjax.data.raw import BATCH_ROWS, Chunk, RawDataError, Source, TextFile
 from gemjax.data.schema import Column, HistoryRule, Schema, SplitRule
 from gemjax.data.values import complete, numbers
 
-_RATED = HistoryRule(
-  columns={n: Column(kind="sparse", table=n) for n in ("item", "rating", "genre")}, max_length=2000
-)
 _SCHEMA = Schema(
   columns={
     "label": Column(kind="label", threshold=4.0),
@@ -34,7 +30,12 @@ _SCHEMA = Schema(
     "year": Column(kind="sparse"),
     "genres": Column(kind="sequence", max_length=10, table="genre"),
   },
-  histories={"rated": _RATED},
+  histories={
+    "rated": HistoryRule(
+      columns={n: Column(kind="sparse", table=n) for n in ("item", "rating", "genre")},
+      max_length=2000,
+    )
+  },
   split=SplitRule(by="time"),
   user="user",
   time="time",
@@ -52,7 +53,6 @@ class _Layout:
   user_names: dict[str, str]
   item_columns: Callable[[pl.DataFrame], pl.DataFrame]  # -> item, year, genres
   item_key: str = "item"
-  partial: bool = False  # Whether the rating of many events is unknown.
 
 
 @dataclasses.dataclass(slots=True)
@@ -70,13 +70,8 @@ class _Tables:
     return self._events
 
   @property
-  def scored(self) -> Chunk:
-    """The events whose rating is known."""
-    return self.events.where(self.events.frame["rating"].is_not_null().to_numpy())
-
-  @property
   def examples(self) -> Chunk:
-    """Those, with the user's side as well."""
+    """The rated events, with the user's side as well."""
     self._examples = self._examples or self._load_examples()
     return self._examples
 
@@ -96,18 +91,18 @@ class _Tables:
     files = self.layout
     users = _numbered(_renamed(files.users, files.user_names), "user", int).frame
     users = users.with_columns(pl.col("zip").str.slice(0, 3))
-    scored = self.scored
-    if not len(scored.frame):
+    rated = self.events.where(self.events.frame["rating"].is_not_null().to_numpy())
+    if not len(rated.frame):
       raise RawDataError(f"{files.events.path} holds no known rating; give it ratings of 1 to 5")
-    return dataclasses.replace(scored, frame=_joined(scored.frame, users, "user"))
+    return dataclasses.replace(rated, frame=_joined(rated.frame, users, "user"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MovieLens:
-  """A reader of one of the tables: `events`, `scored` or `examples`."""
+  """A reader of the events of a MovieLens, or of those that are examples."""
 
   tables: _Tables
-  part: str
+  examples: bool
 
   @property
   def path(self) -> pathlib.Path:
@@ -118,7 +113,7 @@ class MovieLens:
     return self.tables.layout.events.size
 
   def chunks(self, columns: Sequence[str]) -> Iterator[Chunk]:
-    whole = getattr(self.tables, self.part)
+    whole = self.tables.examples if self.examples else self.tables.events
     for start in range(0, len(whole.frame), BATCH_ROWS):
       rows = slice(start, start + BATCH_ROWS)
       frame = whole.frame[rows].select(columns)
@@ -127,12 +122,9 @@ class MovieLens:
 
 
 def _source(layout: _Layout) -> Source:
-  tables, schema = _Tables(layout), _SCHEMA
-  histories = {"rated": (MovieLens(tables, "events"),)}
-  if layout.partial:
-    histories["scored"] = (MovieLens(tables, "scored"),)
-    schema = dataclasses.replace(schema, histories=schema.histories | {"scored": _RATED})
-  return Source(schema, {"": (MovieLens(tables, "examples"),)}, histories)
+  tables = _Tables(layout)
+  examples, events = MovieLens(tables, examples=True), MovieLens(tables, examples=False)
+  return Source(_SCHEMA, {"": (examples,)}, {"rated": (events,)})
 
 
 def movielens_100k(path: pathlib.Path) -> Source:
@@ -197,7 +189,6 @@ def movielens_1m(path: pathlib.Path) -> Source:
       event_names={"user": "user_id", "item": "item_id", "label": "rating", "time": "timestamp"},
       user_names=_same(users),
       item_columns=_titled,
-      partial=True,
     )
   elif _has(path, "ratings.dat", "users.dat", "movies.dat"):
     layout = _Layout(
