@@ -122,9 +122,9 @@ def test_the_order_of_examples_does_not_matter():
   events = [b.sequences["h"].values_E[starts[i] : starts[i + 1]] for i in order]
   values = np.zeros(64, np.int32)
   values[: starts[-1]] = np.concatenate(events)
-  shuffled = Batch(
-    *(x[order] for x in b[:-1]), {"h": Jagged(values, b.sequences["h"].lengths_B[order])}
-  )
+  plain = {n: x[order] for n, x in b._asdict().items() if n not in ("sequences", "histories")}
+  sequences = {"h": Jagged(values, b.sequences["h"].lengths_B[order])}
+  shuffled = Batch(**plain, sequences=sequences)
   predict = jax.jit(functools.partial(predict_step, t))
   logits = predict(state, b)
   np.testing.assert_allclose(predict(state, shuffled), logits[order], rtol=1e-4, atol=1e-5)
