@@ -18,8 +18,6 @@ DOMAINS = 6  # Surfaces; two rows of the table are missing and unknown.
 
 
 def get_config(variant: str = "full") -> c.Config:
-  if variant not in ("full", "light"):
-    raise c.ConfigError(f"variant {variant!r} is neither full nor light")
   fine = c.Attention(heads=4, block=64, rope=10000.0, qk_norm=True, time_buckets=32)
   coarse = c.Attention(heads=4, rope=10000.0, qk_norm=True)
   config = c.Config(
@@ -43,7 +41,7 @@ def get_config(variant: str = "full") -> c.Config:
     optimizer=c.Optimizer(learning_rate=1e-3, warmup=0.1),
     train=c.Train(dtype="bfloat16"),
   )
-  return c.light(config) if variant == "light" else config
+  return c.sized(config, variant)
 
 
 def get_features() -> FeatureSet:

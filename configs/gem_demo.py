@@ -7,19 +7,16 @@ python launch/train.py --config=configs/gem_demo.py --workdir=runs/gem_demo
 from gemjax.config import (
   Attention,
   Config,
-  ConfigError,
   Data,
   Embedding,
   Gem,
   Optimizer,
   Train,
-  light,
+  sized,
 )
 
 
 def get_config(variant: str = "full") -> Config:
-  if variant not in ("full", "light"):
-    raise ConfigError(f"variant {variant!r} is neither full nor light")
   config = Config(
     name="gem_demo",
     data=Data(path="demo", batch_size=1024, history=20, demo_examples=400_000, window_blocks=32),
@@ -39,4 +36,4 @@ def get_config(variant: str = "full") -> Config:
     optimizer=Optimizer(learning_rate=2e-3, warmup=0.05, schedule="cosine"),
     train=Train(epochs=1),
   )
-  return light(config) if variant == "light" else config
+  return sized(config, variant)

@@ -15,8 +15,6 @@ BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("gem_base.py")))
 
 
 def get_config(variant: str = "full") -> c.Config:
-  if variant not in ("full", "light"):
-    raise c.ConfigError(f"variant {variant!r} is neither full nor light")
   base = BASE["get_config"]()
   model = dataclasses.replace(
     base.model, layers=6, fmb_units=64, lcb_units=64, rank=64, mlp=(8192, 8192), width=2,
@@ -27,7 +25,7 @@ def get_config(variant: str = "full") -> c.Config:
     embedding=dataclasses.replace(base.embedding, dim=256),
     model=model,
   )
-  return c.light(config) if variant == "light" else config
+  return c.sized(config, variant)
 
 
 def get_features():

@@ -1,4 +1,4 @@
-"""GEM for one GPU: half the width and depth of gem_base and shorter histories, for planning.
+"""GEM for one host: half the width and depth of gem_base and shorter histories, for planning.
 
 python launch/plan.py --config=configs/gem_small.py --topology=h100:1x8
 """
@@ -13,8 +13,6 @@ BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("gem_base.py")))
 
 
 def get_config(variant: str = "full") -> c.Config:
-  if variant not in ("full", "light"):
-    raise c.ConfigError(f"variant {variant!r} is neither full nor light")
   base = BASE["get_config"]()
   model = dataclasses.replace(
     base.model, layers=2, fmb_units=32, lcb_units=32, rank=32, mlp=(2048,), width=1, head=(512,),
@@ -28,7 +26,7 @@ def get_config(variant: str = "full") -> c.Config:
   )
   for attention in (model.fine, model.coarse):
     attention.heads = 2
-  return c.light(config) if variant == "light" else config
+  return c.sized(config, variant)
 
 
 get_features = BASE["get_features"]

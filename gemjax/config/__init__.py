@@ -17,6 +17,7 @@ from gemjax.config.experiment import Optimizer as Optimizer
 from gemjax.config.experiment import Train as Train
 from gemjax.config.experiment import difference as difference
 from gemjax.config.light import light as light
+from gemjax.config.light import sized as sized
 from gemjax.config.models import Dcnv2 as Dcnv2
 from gemjax.config.models import Dlrm as Dlrm
 from gemjax.config.models import Fm as Fm

@@ -5,8 +5,20 @@ from typing import Any
 
 from gemjax.config.experiment import Config
 from gemjax.config.sequences import Attention
+from gemjax.fields import ConfigError
 
 SHARE = 4
+
+
+def sized(config: Config, variant: str) -> Config:
+  """`config` itself where `variant` is "full", its light variant where it is "light".
+
+  Raises:
+    ConfigError: it is neither.
+  """
+  if variant not in ("full", "light"):
+    raise ConfigError(f"variant {variant!r} is neither full nor light")
+  return light(config) if variant == "light" else config
 
 
 def light(config: Config) -> Config:
