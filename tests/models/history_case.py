@@ -51,6 +51,20 @@ def ends(name):
   return np.cumsum((0, *LENGTHS[name]))
 
 
+def maker(kind, config, histories, **more):
+  """How to make a model that reads the first `histories` of SPECS."""
+  return lambda: kind(
+    config,
+    units=N,
+    dim=D,
+    tasks=T,
+    histories=SPECS[:histories],
+    dtype="float32",
+    rngs=nnx.Rngs(0),
+    **more,
+  )
+
+
 class Case:
   """A model with parameters at random, so that none hides at 0 or 1.
 

@@ -7,8 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from history_case import SPECS, B, Case, D, N, T
+from history_case import SPECS, B, Case, D, T, maker
 from numpy_layers import (
   candidate_token,
   coarsen,
@@ -110,16 +109,7 @@ def oracle(config, w, x, histories, domain_B=None):
 
 def case(config, histories):
   domains = DOMAINS if config.domain else 0
-  make = lambda: Gem(
-    config,
-    units=N,
-    dim=D,
-    tasks=T,
-    histories=SPECS[:histories],
-    domains=domains,
-    dtype="float32",
-    rngs=nnx.Rngs(0),
-  )
+  make = maker(Gem, config, histories, domains=domains)
   more = {"domain_B": np.arange(B, dtype=np.int32) % DOMAINS} if domains else {}
   one = lambda *args, **more: oracle(config, *args, **more)
   return Case(make, one, histories=histories, **more)

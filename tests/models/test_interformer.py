@@ -1,8 +1,7 @@
 """InterFormer against the equations of its paper."""
 
 import numpy as np
-from flax import nnx
-from history_case import SPECS, Case, D, N, T
+from history_case import Case, N, maker
 from numpy_layers import (
   event_tokens,
   gating,
@@ -51,15 +50,7 @@ def oracle(config, w, x, histories):
 
 
 def case(config, histories):
-  make = lambda: InterFormer(
-    config,
-    units=N,
-    dim=D,
-    tasks=T,
-    histories=SPECS[:histories],
-    dtype="float32",
-    rngs=nnx.Rngs(0),
-  )
+  make = maker(InterFormer, config, histories)
   return Case(make, lambda *args: oracle(config, *args), histories=histories)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from history_case import LENGTHS, SPECS, B, Case, D, N, T, ends, make_histories
+from history_case import LENGTHS, SPECS, B, Case, D, N, T, ends, make_histories, maker
 from numpy_layers import candidate_token, event_tokens, heads
 from sequence_oracle import hstu, layer_norm, mlp, transformer
 
@@ -49,16 +49,7 @@ def sequence_ranker(config, w, x, histories):
 
 
 def case(kind, config, oracle, histories=2):
-  make = lambda: kind(
-    config,
-    units=N,
-    dim=D,
-    tasks=T,
-    histories=SPECS[:histories],
-    dtype="float32",
-    rngs=nnx.Rngs(0),
-  )
-  return Case(make, oracle, histories=histories)
+  return Case(maker(kind, config, histories), oracle, histories=histories)
 
 
 def test_din():
