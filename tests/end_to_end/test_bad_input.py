@@ -34,7 +34,7 @@ FLAGS = [
   ([f"{GOOD}:gpt", "--workdir=W"], ["tiny.py:gpt", "KeyError: 'gpt'"]),
   ([GOOD], ["--workdir is missing"]),
   ([GOOD, "--workdir="], ["--workdir is missing"]),
-  ([GOOD, "--workdir=W", "--config.train.sed=1"], ["Field sed", "Train", "gemjax/config.py"]),
+  ([GOOD, "--workdir=W", "--config.train.sed=1"], ["Field sed", "Train", "gemjax/config/"]),
   ([GOOD, "--workdir=W", "--config.trian.seed=1"], ["trian.seed", "Config"]),
   ([GOOD, "--workdir=W", "--config.train.seed=one"], ["--config.train.seed=one", "'one'"]),
   ([GOOD, "--workdir=W", "--config.data.batch_size=0.5"], ["--config.data.batch_size=0.5"]),
