@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(folder, learnt, capsys):
 def test_a_field_outside_its_law_is_named():
   config = small()
   config.tower.attention.heads = 3
-  with pytest.raises(ConfigError, match=r"config.tower.dim is 16, but must be a multiple of 3"):
+  with pytest.raises(ConfigError, match=r"heads is 3, but must be a divisor of the width 16"):
     config.validate()
   config = small()
   config.split = "train"
