@@ -140,7 +140,13 @@ def test_the_largest_bucket_of_numpy_is_that_of_the_program(sharding, mesh):
 
 
 @pytest.mark.parametrize(
-  "mesh, replicas", [((1, 4), "exact"), ((2, 4), "exact"), ((8, 1), "exact"), ((2, 4), "average")]
+  "mesh, replicas",
+  [
+    ((2, 4), "exact"),
+    ((2, 4), "average"),
+    pytest.param((1, 4), "exact", marks=pytest.mark.slow),
+    pytest.param((8, 1), "exact", marks=pytest.mark.slow),
+  ],
 )
 def test_bytes_by_collective_are_those_of_the_compiled_step(sharding, mesh, replicas):
   data, model = mesh
@@ -159,7 +165,7 @@ def test_bytes_by_collective_are_those_of_the_compiled_step(sharding, mesh, repl
   assert program[True] == counted[2] - counted[1]  # What one more round moves.
 
 
-@pytest.mark.parametrize("kind", ["uniform", "zipf"])
+@pytest.mark.parametrize("kind", [pytest.param("uniform", marks=pytest.mark.slow), "zipf"])
 def test_bytes_are_near_the_least(sharding, monkeypatch, kind):
   monkeypatch.setattr(sharding, "EXAMPLES", 512)
   batches = (sharding.draw_batch(kind, t, 8) for t in range(7))
@@ -170,6 +176,7 @@ def test_bytes_are_near_the_least(sharding, monkeypatch, kind):
   assert 0 < figures["padding_share"] < 0.3 and 0 < figures["event_padding_share"] < 0.5
 
 
+@pytest.mark.slow
 def test_the_binary_makes_its_devices_and_writes_the_figures(tmp_path):
   code = f"""
 import runpy, sys

@@ -36,7 +36,7 @@ class Embedding:
   dim: int = 16  # d, the width of one unit.
   units: dict[str, int] = dataclasses.field(
     default_factory=dict
-  )  # Feature -> units, 1 unless named.
+  )  # Feature -> units, 1 unless named; 0 leaves it out.
   small_rows: int = 0  # Tables of fewer rows are small: narrow, grouped, projected to units.
   small_dim: int = 4  # Width of a small table.
   small_group: int = 8  # Small features whose rows are concatenated into one MLP.
@@ -131,8 +131,8 @@ class Config:
     for name in ("small_rows", "replicated_rows", "exchange_rows"):
       _need(getattr(emb, name) >= 0, f"embedding.{name}", getattr(emb, name), "at least 0")
     _need(
-      all(u > 0 for u in emb.units.values()),
-      "embedding.units", emb.units, "a positive whole number for every feature",
+      all(u >= 0 for u in emb.units.values()),
+      "embedding.units", emb.units, "at least 0 for every feature",
     )  # fmt: skip
     _need(data.history >= 0, "data.history", data.history, "at least 0")
     for axis in (DATA, MODEL):

@@ -80,6 +80,11 @@ class TableLayout:
   history: tuple[Placed, ...]  # Columns of events, history after history; `feature` is the history.
   reasons: tuple[str, ...]  # Why tables lie where they lie, a line a placement, for people.
 
+  @property
+  def tables(self) -> tuple[str, ...]:
+    """Names, each once; those that are left out are not among them."""
+    return tuple(dict.fromkeys(p.table for p in (*self.sparse, *self.sequence, *self.history)))
+
   def positions(self, table: str) -> tuple[StackLayout, int]:
     """(stack, offset): row i of `table` lies at `(offset + i) * multiplier mod rows` of it."""
     places = (*self.sparse, *self.sequence, *self.history)
@@ -91,8 +96,9 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
   """Places every table of `features`.
 
   A feature of u units reads one row of width u * d (Wukong section 3, "multi-embedding"), and so
-  do all features of its table. A table of fewer than `config.small_rows` rows that has neither
-  named units nor a sequence or history is small: stored `config.small_dim` wide.
+  do all features of its table; with 0 units it is left out. A table of fewer than
+  `config.small_rows` rows that has neither named units nor a sequence or history is small: stored
+  `config.small_dim` wide.
 
   A table goes where `config.placement` says, else by its size: replicated with at most
   `config.replicated_rows` rows (a batch touches most of them, and combining so few rows among all
@@ -101,7 +107,7 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
 
   Raises:
     ConfigError: `units` or `placement` names what is not there, features of one table ask for
-      different units, or a stack passes 2^34 rows.
+      different units, a history reads a table that is left out, or a stack passes 2^34 rows.
   """
   units = _units((*features.sparse, *features.sequence), config)
   for name in config.placement:
@@ -110,10 +116,18 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
         f"config.embedding.placement names {name!r}, but the tables are {list(features.tables)}"
       )
   events = [(h.name, column) for h in features.history for column in enumerate(h.columns)]
+  out = {table for table, count in units.items() if not count}
+  for history, (_, spec) in events:
+    if spec.table in out:
+      raise config_lib.ConfigError(
+        f"config.embedding.units leaves table {spec.table!r} out, but history {history!r} reads it"
+      )
   wide = {*units, *(s.table for s in features.sequence), *(c.table for _, (_, c) in events)}
   rows: dict[tuple[str, int, bool], int] = {}  # (placement, width, small) -> rows so far
   tables: dict[str, tuple[tuple[str, int, bool], int, int]] = {}  # Table -> (stack, offset, units)
   for table, size in features.tables.items():
+    if table in out:
+      continue
     small = size < config.small_rows and table not in wide
     count = 0 if small else units.get(table, 1)
     width = config.small_dim if small else count * config.dim
@@ -132,8 +146,12 @@ def layout_tables(features: FeatureSet, config: config_lib.Embedding) -> TableLa
   return TableLayout(
     dim=config.dim,
     stacks=tuple(stacks.values()),
-    sparse=tuple(place(s.name, s.table, column) for column, s in enumerate(features.sparse)),
-    sequence=tuple(place(s.name, s.table, -1) for s in features.sequence),
+    sparse=tuple(
+      place(s.name, s.table, column)
+      for column, s in enumerate(features.sparse)
+      if s.table not in out
+    ),
+    sequence=tuple(place(s.name, s.table, -1) for s in features.sequence if s.table not in out),
     history=tuple(place(name, spec.table, column) for name, (column, spec) in events),
     reasons=tuple(_reasons({t: stack[0] for t, (stack, _, _) in tables.items()}, config)),
   )

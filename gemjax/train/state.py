@@ -178,10 +178,10 @@ def parts(params: dict[str, Any], layout: TableLayout) -> list[str]:
 
 def parameter_counts(trainer: Trainer, state: TrainState) -> dict[str, int]:
   """Weights by kind; neither optimiser state nor padding rows are counted."""
-  layout, tables = trainer.tables.layout, trainer.features.tables
+  layout, sizes = trainer.tables.layout, trainer.features.tables
   return {
     "dense": sum(p.size for p in jax.tree.leaves(state.params)),
-    "embedding": sum(size * layout.positions(table)[0].width for table, size in tables.items()),
+    "embedding": sum(sizes[table] * layout.positions(table)[0].width for table in layout.tables),
   }
 
 

@@ -39,7 +39,11 @@ class Trajectory:
     self.stacks = stacks
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
+SLOW = [(4, 2), (1, 8), (1, 3)]
+PARAMS = [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MESHES]
+
+
+@pytest.fixture(scope="module", params=PARAMS, ids=lambda m: f"{m[0]}x{m[1]}")
 def mesh(request):
   return Trajectory(*request.param, *MESHES[request.param])
 

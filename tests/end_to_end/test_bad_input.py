@@ -62,7 +62,7 @@ def test_flags(flags, words, tmp_path):
 FIELDS = [
   ("data.path", ""), ("data.path", 3), ("data.batch_size", 0), ("data.batch_size", "many"),
   ("data.eval_batch_size", -1), ("data.window_blocks", 0), ("data.demo_examples", 10),
-  ("embedding.dim", 0), ("embedding.units", {"user": 0}), ("embedding.units", ["user"]),
+  ("embedding.dim", 0), ("embedding.units", {"user": -1}), ("embedding.units", ["user"]),
   ("embedding.dense_mlp", [4]), ("embedding.init_scale", -1.0), ("embedding.learning_rate", "x"),
   ("embedding.weight_decay", 1e9), ("embedding.dtype", "float16"), ("embedding.optimizer", "adam"),
   ("model", None), ("model.head", (0,)), ("model.dropout", 1.0), ("model.fm", "fast"),

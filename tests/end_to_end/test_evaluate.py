@@ -17,7 +17,6 @@ def content(folder):
   return {f.relative_to(folder): f.read_bytes() if f.is_file() else "" for f in folder.rglob("*")}
 
 
-@pytest.mark.usefixtures("compiled_alike")
 def test_a_process_of_its_own_gives_the_figures_of_the_summary_to_the_bit(trained, tmp_path):
   """While the run holds its lock and writes a checkpoint; and nothing in its folder changes."""
   (trained / CHECKPOINTS / "000000099.orbax-checkpoint-tmp").mkdir()

@@ -15,7 +15,8 @@ from gemjax.checkpoint import Checkpoints
 from gemjax.checkpoint.checkpoints import TEMPORARY
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY
 
-LONG = {"config__train__epochs": 8, "config__checkpoint__every": 3}  # 250 steps, 110 checkpoints.
+LONG = {"config__train__epochs": 4, "config__checkpoint__every": 4}
+STEPS = 125
 
 
 def start(workdir, data, cache):
@@ -77,10 +78,11 @@ def saving(workdir, process) -> bool:
   return False
 
 
-def test_killed_at_ten_random_moments(unbroken, data, cache, tmp_path):
-  """Twice in start-up, five times while it trains and evaluates, three times while it saves."""
+# How often in start-up, while it trains and evaluates, while it saves.
+@pytest.mark.parametrize("counts", [(1, 1, 1), pytest.param((2, 5, 3), marks=pytest.mark.slow)])
+def test_killed_at_random_moments(counts, unbroken, data, cache, tmp_path):
   workdir, rng = tmp_path / "run", random.Random(0)
-  moments = ["start"] * 2 + ["train"] * 5 + ["save"] * 3
+  moments = np.repeat(["start", "train", "save"], counts).tolist()
   rng.shuffle(moments)
   completed = []
   for moment in moments:
@@ -100,7 +102,7 @@ def test_killed_at_ten_random_moments(unbroken, data, cache, tmp_path):
     completed.append(steps[-1] if steps else 0)
     process.stdout.close(), process.stderr.close()
   assert completed == sorted(completed), "a complete checkpoint was lost"
-  assert 0 < completed[-1] < 250, completed
+  assert 0 < completed[-1] < STEPS, completed
   process = start(workdir, data, cache)
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
@@ -115,7 +117,7 @@ def test_sigterm_and_ctrl_c_save_or_lose_nothing(unbroken, data, cache, tmp_path
   process.terminate()
   error = tiny.sentence(process, 143)
   step = int(error.split("after step ")[1].split(" of")[0])
-  assert 0 < step < 250 and "the same command goes on from there" in error
+  assert 0 < step < STEPS and "the same command goes on from there" in error
   checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
   assert checkpoints.steps[-1] == step and not (workdir / SUMMARY).exists()
 

@@ -36,10 +36,10 @@ def alone(tmp_path_factory, data):
   return train(config, tmp_path_factory.mktemp("alone") / "run")
 
 
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 1)], ids=lambda m: f"{m[0]}x{m[1]}")
-def test_two_processes_train_to_the_result_of_one(
-  mesh, alone, data, cache, tmp_path, compiled_alike
-):
+@pytest.mark.parametrize(
+  "mesh", [(1, 2), pytest.param((2, 1), marks=pytest.mark.slow)], ids=lambda m: f"{m[0]}x{m[1]}"
+)
+def test_two_processes_train_to_the_result_of_one(mesh, alone, data, cache, tmp_path):
   run = tmp_path / "run"
   flags = {"config": tiny.FILE, "workdir": run, "config__data__path": data} | ROWS_SPLIT
   flags |= {"config__mesh__data": mesh[0], "config__mesh__model": mesh[1]}

@@ -90,12 +90,15 @@ def write_data(path: pathlib.Path, features: FeatureSet | None = None, **parts) 
 
 
 def start(binary: str, *, cache=None, env=None, **flags) -> subprocess.Popen:
-  """A process of its own; config__train__seed=1 is --config.train.seed=1.
+  """A process of its own, which gives the bits of this one; config__train__seed=1 is
+  --config.train.seed=1.
 
   `cache` is a folder of compiled programs, which saves time.
   """
   given = [f"--{name.replace('__', '.')}={value}" for name, value in flags.items()]
-  env = dict(env or {})
+  import compiled_quickly  # This file is a config, too: in the binaries, without pytest's paths.
+
+  env = {"XLA_FLAGS": compiled_quickly.XLA_FLAGS} | (env or {})
   if cache:
     env |= {"JAX_COMPILATION_CACHE_DIR": str(cache)} | CACHE_ALL
   return start_command([binary, *given], env=env)

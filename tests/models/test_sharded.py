@@ -114,7 +114,10 @@ def assert_close(got, expected, tolerance):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=pytest.mark.slow) if n in ("basic", "attentive") else n for n in MODELS],
+)
 def test_every_mesh_gives_the_logits_and_gradients_of_one_device(every_kernel, name):
   graph, abstract, params, inputs = build(MODELS[name])
   expected = on_one_device(graph, params, inputs)

@@ -20,7 +20,9 @@ def random_lengths(seed):
 
 
 @pytest.mark.parametrize("block", (16, 64))
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+  "seed", [*range(5), *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 20))]
+)
 def test_tiles_cover_all_rows_and_all_pairs(seed, block):
   q_length_S = random_lengths(seed)
   kv_length_S = np.random.default_rng(seed).permutation(q_length_S)

@@ -25,7 +25,7 @@ def run(command, environment):
   return done.stdout
 
 
-@pytest.fixture(scope="module", params=["16x8", "2x64"])
+@pytest.fixture(scope="module", params=["2x64", pytest.param("16x8", marks=pytest.mark.slow)])
 def step(request, tmp_path_factory):
   dump = tmp_path_factory.mktemp("dump")
   found = json.loads(run([HERE / "steps.py", dump, request.param], target.environment(dump)))
@@ -100,7 +100,10 @@ def test_ids_of_the_upcoming_batch_travel_behind_the_matrix_products_of_this_one
     assert all(x["matmuls"] > 0 for x in ids)
 
 
-@pytest.mark.parametrize("topology, mesh", [("h100:16x8", "2x64"), ("h100:32x8", None)])
+@pytest.mark.parametrize(
+  "topology, mesh",
+  [("h100:16x8", "2x64"), pytest.param("h100:32x8", None, marks=pytest.mark.slow)],
+)
 def test_the_papers_wukong_fits(tmp_path, topology, mesh):
   file = tmp_path / "plan.json"
   flags = [f"--topology={topology}", f"--json={file}", *([f"--mesh={mesh}"] if mesh else [])]

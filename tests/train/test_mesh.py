@@ -13,7 +13,8 @@ from gemjax.train.programs import Programs
 from gemjax.train.state import make_trainer
 
 B, STEPS, EVENTS = 64, 50, 64
-MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+SLOW = pytest.mark.slow
+MESHES = [(8, 1), (2, 4), pytest.param((4, 2), marks=SLOW), pytest.param((1, 8), marks=SLOW)]
 FEATURES = FeatureSet(
   dense=(Dense(name="price"),),
   sparse=(
