@@ -9,7 +9,7 @@ import pytest
 from gemjax.config import ConfigError, Embedding
 from gemjax.embedding import ShardedTables, layout_tables
 from gemjax.embedding.tables import MAX_ROWS, ROW_MULTIPLE, check_mesh
-from gemjax.features import FeatureSet, Sequence, Sparse
+from gemjax.features import EventColumn, FeatureSet, History, Sequence, Sparse
 
 CONFIG = Embedding(dim=4, units={"user": 3, "vector": 512}, small_rows=10, small_dim=2)
 
@@ -77,6 +77,28 @@ def test_a_small_table_of_named_units_or_of_a_sequence_is_not_small():
     dataclasses.replace(CONFIG, units={"a": 1}),
   )
   assert [(s.width, s.small) for s in layout.stacks] == [(4, False)]
+
+
+def test_a_feature_of_no_units_has_no_table():
+  out = dataclasses.replace(CONFIG, units=CONFIG.units | {"city": 0, "sex": 0})
+  layout, before = layout_tables(FEATURES, out), layout_tables(FEATURES, CONFIG)
+  assert set(layout.tables) == set(before.tables) - {"city", "sex"}
+  left = [p for p in before.sparse if p.table not in ("city", "sex")]
+  assert [(p.feature, p.column) for p in layout.sparse] == [(p.feature, p.column) for p in left]
+  assert {s.name: s.rows for s in layout.stacks} == {
+    s.name: {"replicated2_small": 9}.get(s.name, s.rows)
+    for s in before.stacks
+    if s.name != "replicated4"
+  }
+
+
+def test_a_table_that_a_history_reads_cannot_be_left_out():
+  history = History(name="seen", columns=(EventColumn(name="x", size=7_000, table="item"),),
+                    max_length=5)  # fmt: skip
+  features = dataclasses.replace(FEATURES, history=(history,))
+  units = {"item": 0, "last": 0, "history": 0}
+  with pytest.raises(ConfigError, match=r"leaves table 'item' out, but history 'seen' reads it"):
+    layout_tables(features, dataclasses.replace(CONFIG, units=units))
 
 
 def test_a_table_goes_where_the_config_says():
