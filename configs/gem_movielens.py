@@ -1,5 +1,8 @@
 """GEM, its parts, and rankers to compare it with, on MovieLens: rating >= 4 with the user's past.
 
+The user's own id is left out of every model: split by time, 86 % of ML-100K's test examples are of
+users that training never saw, and what a model has memorised about the others hides their past.
+
   python launch/train.py --config=configs/gem_movielens.py --workdir=runs/gem_ml \
     --config.data.path=RAW_OR_PREPARED
 """
@@ -78,7 +81,7 @@ def get_config(variant: str = "gem") -> Config:
   config = Config(
     name="movielens_gem" if variant == "light" else f"movielens_{variant}",
     data=Data(path="movielens", batch_size=512, history=30, window_blocks=32),
-    embedding=Embedding(dim=32, learning_rate=0.02, l2=0.05),
+    embedding=Embedding(dim=32, units={"user": 0}, learning_rate=0.02, l2=0.05),
     model=dataclasses.replace(model, **_own(model)),
     optimizer=Optimizer(learning_rate=1e-3, warmup=0.1, schedule="linear"),
     train=Train(epochs=2, eval_every=1.0),
