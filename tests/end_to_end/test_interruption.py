@@ -15,8 +15,9 @@ from gemjax.checkpoint import Checkpoints
 from gemjax.checkpoint.checkpoints import TEMPORARY
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY
 
-LONG = {"config__train__epochs": 4, "config__checkpoint__every": 4}
-STEPS = 125
+# Eight kills wait for an evaluation each, once an epoch.
+LONG = {"config__train__epochs": 8, "config__checkpoint__every": 3}
+STEPS = 250
 
 
 def start(workdir, data, cache):
