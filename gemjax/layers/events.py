@@ -16,7 +16,7 @@ from flax import nnx
 from gemjax.layers import tokens as tokens_lib
 from gemjax.layers.linear import KERNEL, contract, kernel_init
 from gemjax.layers.masknet import MaskNet
-from gemjax.layers.norm import layer_norm
+from gemjax.layers.norm import LayerNorm
 from gemjax.layers.tokens import Tokens
 
 AGES = 64  # Buckets, two an octave: the last begins at 2^31.5 seconds, beyond all ages.
@@ -58,7 +58,7 @@ class EventInput(nnx.Module):
   def __init__(self, spec: HistorySpec, dim: int, *, dtype: str, rngs: nnx.Rngs):
     self.mask_net = MaskNet(spec.units, dim, dtype=dtype, rngs=rngs)
     self.age_AD = nnx.Param(kernel_init(rngs.params(), (AGES, dim)), axes=KERNEL)
-    self.norm = layer_norm(dim, dtype, rngs)
+    self.norm = LayerNorm(dim, dtype, rngs)
     self.places, self.dtype = spec.candidate, dtype
 
   def __call__(self, rows: EventRows) -> Tokens:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from gemjax.config import Attention
@@ -22,7 +23,7 @@ from pallas_kernels import jagged_to_dense
 
 
 class UnitSummary(nnx.Module):
-  """X_sum: (B, N, D) -> (B, M, D)."""
+  """X_sum: (B, D, N) -> (B, M, D)."""
 
   def __init__(
     self, units: int, outputs: int, dim: int, gating: str, *, dtype: str, rngs: nnx.Rngs
@@ -30,8 +31,8 @@ class UnitSummary(nnx.Module):
     self.compress = UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
     self.gate = Gating(gating, dim, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BND: jax.Array) -> jax.Array:
-    return self.gate(self.compress(x_BND))
+  def __call__(self, x_BDN: jax.Array) -> jax.Array:
+    return self.gate(rearrange(self.compress(x_BDN), "b d m -> b m d"))
 
 
 class SequenceSummary(nnx.Module):

@@ -9,7 +9,7 @@ from flax import nnx
 from gemjax import config as config_lib
 from gemjax.layers.attention import DotProduct, Projection
 from gemjax.layers.dropout import Key, dropout
-from gemjax.layers.norm import layer_norm
+from gemjax.layers.norm import LayerNorm
 from gemjax.layers.tokens import Tokens, event_keys
 
 
@@ -35,10 +35,10 @@ class HstuBlock(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
   ):
-    self.norm_in = layer_norm(dim, dtype, rngs)
+    self.norm_in = LayerNorm(dim, dtype, rngs)
     self.uvqk = Projection(dim, 4 * dim, dtype=dtype, rngs=rngs)
     self.product = DotProduct(config, dim, own=True, causal=True)
-    self.norm_out = layer_norm(dim, dtype, rngs)
+    self.norm_out = LayerNorm(dim, dtype, rngs)
     self.out = Projection(dim, dim, dtype=dtype, rngs=rngs)
     self.dropout, self.norm = dropout, norm
 

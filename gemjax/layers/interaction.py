@@ -1,36 +1,41 @@
 """Interactions of units: factorisation machines and linear compression (Wukong, section 3).
 
-Letters: B examples, N units in, D width of a unit, K rank, L and F units out.
+Units lie last, so that every map over units is one plain matrix product without a transpose.
+Letters: B examples, D width of a unit, N units in, K rank, L units out.
 """
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.linear import KERNEL, contract, kernel_init
 from gemjax.layers.mlp import Mlp
 
+GROUPS = 16  # Of examples, in which gradients of a map over units are summed.
+
 
 class UnitLinear(nnx.Module):
-  """Linear Compress Block and linear residual: X -> W X, W in R^{L x N}; (B, N, D) -> (B, L, D)."""
+  """Linear Compress Block and linear residual: X -> W X, W in R^{L x N}; (B, D, N) -> (B, D, L)."""
 
   def __init__(self, units: int, outputs: int, *, dtype: str, rngs: nnx.Rngs):
     self.kernel_NL = nnx.Param(kernel_init(rngs.params(), (units, outputs)), axes=KERNEL)
     self.units, self.dtype = units, dtype
 
-  def __call__(self, x_BND: jax.Array) -> jax.Array:
-    return contract("bnd,nl->bld", x_BND, self.kernel_NL[...], self.units, self.dtype)
+  def __call__(self, x_BDN: jax.Array) -> jax.Array:
+    return map_units(x_BDN, self.kernel_NL[...], self.units, self.dtype)
 
 
 class FactorizationMachine(nnx.Module):
   """Pairwise dot products of units, flattened.
 
-  basic      X Xᵀ                                         (B, N, D) -> (B, N * N)
-  optimised  X (Xᵀ Y), Y in R^{N x K} learnt              (B, N, D) -> (B, N * K), O(N K D)
+  basic      X Xᵀ                                         (B, D, N) -> (B, N * N)
+  optimised  X (Xᵀ Y), Y in R^{N x K} learnt              (B, D, N) -> (B, N * K), O(N K D)
   attentive  as optimised, Y = reshape(MLP(flatten(C X))) of each example, C in R^{A x N}
 
   Source: Wukong, section 3.4. The sizes inside the attentive MLP are unpublished; ours are A = K
@@ -46,18 +51,32 @@ class FactorizationMachine(nnx.Module):
       self.compress = UnitLinear(units, rank, dtype=dtype, rngs=rngs)
       self.mlp = Mlp(rank * dim, (4 * rank,), units * rank, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
+  def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
     if self.kind == "basic":
-      pairs = jnp.einsum("bnd,bmd->bnm", x_BND, x_BND)
+      pairs = jnp.einsum("bdn,bdm->bnm", x_BDN, x_BDN)
     else:
       if self.kind == "optimised":
-        mixed_BKD = contract("bnd,nk->bkd", x_BND, self.y_NK[...], self.units, self.dtype)
+        mixed_BDK = map_units(x_BDN, self.y_NK[...], self.units, self.dtype)
       else:
-        y = self.mlp(rearrange(self.compress(x_BND), "b a d -> b (a d)"), fold(key_B, 0))
+        y = self.mlp(rearrange(self.compress(x_BDN), "b d a -> b (a d)"), fold(key_B, 0))
         y_BNK = rearrange(y, "b (n k) -> b n k", n=self.units)
-        mixed_BKD = jnp.einsum("bnd,bnk->bkd", x_BND, y_BNK)
-      pairs = jnp.einsum("bnd,bkd->bnk", x_BND, mixed_BKD)
+        mixed_BDK = jnp.einsum("bdn,bnk->bdk", x_BDN, y_BNK)
+      pairs = jnp.einsum("bdn,bdk->bnk", x_BDN, mixed_BDK)
     return rearrange(pairs, "b n k -> b (n k)")
+
+
+def map_units(x_BDN: jax.Array, kernel_NL: jax.Array, units: int, dtype: str) -> jax.Array:
+  """(B, D, L): every example's X W, W whole or this device's rows of it (`contract`)."""
+  if kernel_NL.shape[0] != units:
+    return contract("bdn,nl->bdl", x_BDN, kernel_NL, units, dtype)
+  # W's gradient is a small matrix, a sum over B D: in groups side by side, one W each, XLA neither
+  # writes X transposed nor leaves cores idle. Repeated before the cast, so that groups add up in
+  # float32.
+  groups, width = math.gcd(len(x_BDN), GROUPS), x_BDN.shape[1]
+  x_GRN = rearrange(x_BDN.astype(dtype), "(g b) d n -> g (b d) n", g=groups)
+  kernel_GNL = repeat(kernel_NL, "n l -> g n l", g=groups).astype(dtype)
+  y_GRL = jnp.einsum("grn,gnl->grl", x_GRN, kernel_GNL)
+  return rearrange(y_GRL, "g (b d) l -> (g b) d l", d=width)
 
 
 def pairwise_dots(x_BND: jax.Array) -> jax.Array:

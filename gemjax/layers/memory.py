@@ -14,7 +14,7 @@ from flax import nnx
 
 from gemjax.layers.attention import Projection
 from gemjax.layers.interaction import UnitLinear
-from gemjax.layers.norm import layer_norm
+from gemjax.layers.norm import LayerNorm
 
 
 class LayerMemory(nnx.Module):
@@ -29,7 +29,7 @@ class LayerMemory(nnx.Module):
   def __init__(self, units: int, memory_units: int, dim: int, *, dtype: str, rngs: nnx.Rngs):
     make = {"dtype": dtype, "rngs": rngs}
     self.compress = UnitLinear(units, memory_units, **make)
-    self.norm = layer_norm(dim, dtype, rngs)
+    self.norm = LayerNorm(dim, dtype, rngs)
     self.query = Projection(dim, dim, **make)
     self.keys_values = Projection(dim, 2 * dim, **make)
     self.dim = dim
@@ -44,7 +44,7 @@ class LayerMemory(nnx.Module):
     v_BED = rearrange(v_BLKD, "b l k d -> b (l k) d")
     return jnp.einsum("bme,bed->bmd", flat.astype(v_BED.dtype), v_BED)
 
-  def write(self, x_BND: jax.Array, memory_BLKD: jax.Array, at: jax.Array) -> jax.Array:
+  def write(self, x_BDN: jax.Array, memory_BLKD: jax.Array, at: jax.Array) -> jax.Array:
     """`memory_BLKD` with memory number `at`."""
-    memory_BKD = self.norm(self.compress(x_BND)).astype(memory_BLKD.dtype)
-    return memory_BLKD.at[:, at].set(memory_BKD)
+    memory_BKD = self.norm(rearrange(self.compress(x_BDN), "b d k -> b k d"))
+    return memory_BLKD.at[:, at].set(memory_BKD.astype(memory_BLKD.dtype))

@@ -9,7 +9,7 @@ from gemjax import config as config_lib
 from gemjax.layers.attention import SelfAttention
 from gemjax.layers.dropout import Key, dropout, fold
 from gemjax.layers.mlp import Mlp
-from gemjax.layers.norm import layer_norm
+from gemjax.layers.norm import LayerNorm
 from gemjax.layers.tokens import Tokens, event_keys
 
 
@@ -33,9 +33,9 @@ class TransformerBlock(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
   ):
-    self.norm_attention = layer_norm(dim, dtype, rngs)
+    self.norm_attention = LayerNorm(dim, dtype, rngs)
     self.attention = SelfAttention(config, dim, causal=causal, dtype=dtype, rngs=rngs)
-    self.norm_mlp = layer_norm(dim, dtype, rngs)
+    self.norm_mlp = LayerNorm(dim, dtype, rngs)
     self.mlp = Mlp(dim, (hidden,), dim, dtype=dtype, rngs=rngs, dropout=dropout)
     self.dropout = dropout
 

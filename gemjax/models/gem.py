@@ -54,7 +54,7 @@ from gemjax.layers.gating import Gating
 from gemjax.layers.hstu import HstuBlock
 from gemjax.layers.interaction import UnitLinear
 from gemjax.layers.memory import LayerMemory
-from gemjax.layers.norm import layer_norm
+from gemjax.layers.norm import LayerNorm
 from gemjax.layers.personalised import PersonalisedFfn
 from gemjax.layers.tokens import Tokens
 from gemjax.layers.transformer import TransformerBlock
@@ -73,7 +73,7 @@ class Branch(NamedTuple):
 class State(NamedTuple):
   """What a layer hands to the next."""
 
-  x_BND: jax.Array
+  x_BDN: jax.Array
   x_ED: tuple[jax.Array, ...]  # Of every branch.
   s_sum_BMD: jax.Array  # What the branches say; no unit where they say it in the end alone.
   memory_BLKD: jax.Array
@@ -86,7 +86,7 @@ class BranchLayer(nnx.Module):
     make = {"dtype": dtype, "rngs": rngs}
     attention = config.fine if branch.stride == 1 else config.coarse
     personal = config.personalised and config.exchange
-    self.norm = layer_norm(dim, dtype, rngs) if personal else None
+    self.norm = LayerNorm(dim, dtype, rngs) if personal else None
     self.personal = PersonalisedFfn(config.cls * dim, dim, **make) if personal else None
     make |= {"dropout": config.dropout}
     if config.cell == "hstu":
@@ -162,12 +162,13 @@ class GemLayer(nnx.Module):
     """Layer number `index`, from 1 on: as many memories are written before it."""
     key = lambda part: fold(key_B, part)
     sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
-    x_sum_BMD = self.units(state.x_BND)
-    inputs = [state.x_BND, state.s_sum_BMD]
+    x_sum_BMD = self.units(state.x_BDN)
+    heard = [state.s_sum_BMD]
     if self.memory is not None:
-      inputs.append(self.memory.read(x_sum_BMD, state.memory_BLKD, index))
-    input_BND = jnp.concatenate(inputs, 1)
-    x_BND = jnp.concatenate([b(input_BND, key(2 * w)) for w, b in enumerate(self.blocks)], 1)
+      heard.append(self.memory.read(x_sum_BMD, state.memory_BLKD, index))
+    heard_BDM = rearrange(jnp.concatenate(heard, 1), "b m d -> b d m")
+    input_BDN = jnp.concatenate([state.x_BDN, heard_BDM], 2)
+    x_BDN = jnp.concatenate([b(input_BDN, key(2 * w)) for w, b in enumerate(self.blocks)], 2)
     sequences = [
       tokens._replace(x_ED=layer(tokens, x_sum_BMD, key(2 * b + 1)))
       for b, (layer, tokens) in enumerate(zip(self.branches, sequences))
@@ -176,8 +177,8 @@ class GemLayer(nnx.Module):
     if self.summary is not None:
       s_sum_BMD = self.summary(sequences, x_sum_BMD, candidates)
     if self.memory is not None:
-      memory_BLKD = self.memory.write(x_BND, memory_BLKD, index)
-    return State(x_BND, tuple(s.x_ED for s in sequences), s_sum_BMD, memory_BLKD)
+      memory_BLKD = self.memory.write(x_BDN, memory_BLKD, index)
+    return State(x_BDN, tuple(s.x_ED for s in sequences), s_sum_BMD, memory_BLKD)
 
 
 class Gem(nnx.Module):
@@ -231,11 +232,12 @@ class Gem(nnx.Module):
   ) -> jax.Array:
     B, _, D = x_BND.shape
     branches, candidates = self._branches(x_BND, histories)
+    x_BDN = rearrange(x_BND, "b n d -> b d n")
     memory_BLKD = jnp.zeros((B, self.depth + 1, self.memory_units, D), x_BND.dtype)
     if self.memory is not None:
-      memory_BLKD = memory_BLKD.at[:, 0].set(self.memory(x_BND))
+      memory_BLKD = memory_BLKD.at[:, 0].set(rearrange(self.memory(x_BDN), "b d k -> b k d"))
     state = State(
-      x_BND=self.first(x_BND, fold(key_B, 0)),
+      x_BDN=self.first(x_BDN, fold(key_B, 0)),
       x_ED=tuple(b.x_ED for b in branches),
       s_sum_BMD=jnp.zeros((B, self.told, D), x_BND.dtype),
       memory_BLKD=memory_BLKD,
@@ -251,9 +253,10 @@ class Gem(nnx.Module):
     s_sum_BMD = state.s_sum_BMD
     if self.summary is not None:
       sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
-      s_sum_BMD = self.summary(sequences, self.units(state.x_BND), candidates)
+      s_sum_BMD = self.summary(sequences, self.units(state.x_BDN), candidates)
     read = [x_BND] if self.skip else []
-    units_BND = jnp.concatenate([*read, state.x_BND, s_sum_BMD], 1)
+    layered_BND = rearrange(state.x_BDN, "b d n -> b n d")
+    units_BND = jnp.concatenate([*read, layered_BND, s_sum_BMD], 1)
     return self.heads(rearrange(units_BND, "b n d -> b (n d)"), domain_B, fold(key_B, 2))
 
   def _branches(

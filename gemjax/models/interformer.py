@@ -36,7 +36,7 @@ from gemjax.layers.dropout import Key, fold
 from gemjax.layers.events import EventInput, EventRows, HistorySpec
 from gemjax.layers.exchange import SequenceSummary, UnitSummary
 from gemjax.layers.gating import Gating
-from gemjax.layers.norm import layer_norm
+from gemjax.layers.norm import LayerNorm
 from gemjax.layers.personalised import PersonalisedFfn
 from gemjax.layers.tokens import Tokens
 from gemjax.models.heads import Heads
@@ -50,7 +50,7 @@ class SequenceArch(nnx.Module):
     make = {"dtype": dtype, "rngs": rngs}
     self.personal = PersonalisedFfn(config.cls * dim, dim, **make)
     self.attention = SelfAttention(config.attention, dim, causal=False, **make)
-    self.norm = layer_norm(dim, dtype, rngs)
+    self.norm = LayerNorm(dim, dtype, rngs)
 
   def __call__(self, tokens: Tokens, sum_BMD: jax.Array) -> Tokens:
     h_ED = self.personal(rearrange(sum_BMD, "b m d -> b (m d)"), tokens)
@@ -73,9 +73,9 @@ class Exchange(nnx.Module):
     self.gate = Gating(config.gating, dim, **make)
     self.outputs = sum(s.units for s in self.sequences)
 
-  def __call__(self, x_BND: jax.Array, sequences: list[Tokens]) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x_BDN: jax.Array, sequences: list[Tokens]) -> tuple[jax.Array, jax.Array]:
     parts = [summary(tokens) for summary, tokens in zip(self.sequences, sequences)]
-    return self.units(x_BND), self.gate(jnp.concatenate(parts, 1))
+    return self.units(x_BDN), self.gate(jnp.concatenate(parts, 1))
 
 
 class InterFormer(nnx.Module):
@@ -117,15 +117,17 @@ class InterFormer(nnx.Module):
   def __call__(
     self, x_BND: jax.Array, histories: dict[str, EventRows], key_B: Key = None
   ) -> jax.Array:
-    lead = tokens_lib.dense(self.exchanges[0].units(x_BND))
+    x_BDN = rearrange(x_BND, "b n d -> b d n")
+    lead = tokens_lib.dense(self.exchanges[0].units(x_BDN))
     sequences = [
       tokens_lib.concat(lead, events(histories[name]))
       for name, events in zip(self.names, self.events)
     ]
     layers = zip(self.exchanges, self.interactions, self.archs)
     for i, (exchange, interaction, archs) in enumerate(layers):
-      x_sum_BMD, s_sum_BMD = exchange(x_BND, sequences)
-      x_BND = interaction(jnp.concatenate([x_BND, s_sum_BMD], 1), fold(key_B, i))
+      x_sum_BMD, s_sum_BMD = exchange(x_BDN, sequences)
+      heard_BDM = rearrange(s_sum_BMD, "b m d -> b d m")
+      x_BDN = interaction(jnp.concatenate([x_BDN, heard_BDM], 2), fold(key_B, i))
       sequences = [arch(tokens, x_sum_BMD) for arch, tokens in zip(archs, sequences)]
-    summary_BMD = jnp.concatenate(self.exchanges[-1](x_BND, sequences), 1)
+    summary_BMD = jnp.concatenate(self.exchanges[-1](x_BDN, sequences), 1)
     return self.heads(rearrange(summary_BMD, "b m d -> b (m d)"), fold(key_B, len(self.archs)))

@@ -24,7 +24,7 @@ from flax import nnx
 from gemjax.config.next_item import Tower
 from gemjax.layers.dropout import Key, dropout, fold
 from gemjax.layers.hstu import HstuBlock
-from gemjax.layers.norm import layer_norm
+from gemjax.layers.norm import LayerNorm
 from gemjax.layers.tokens import Tokens, event_keys, segment_E
 from gemjax.layers.transformer import TransformerBlock
 
@@ -46,7 +46,7 @@ class NextItemTower(nnx.Module):
         config.attention, config.dim, causal=True, hidden=config.hidden, **common
       )
     self.blocks = nnx.List([block() for _ in range(config.layers)])
-    self.norm = layer_norm(config.dim, "float32", rngs)
+    self.norm = LayerNorm(config.dim, "float32", rngs)
     self.popularity_V = nnx.Param(jnp.zeros((items,)), axes=("width",))
     self.config = config
 

@@ -19,7 +19,7 @@ from gemjax.layers import tokens as tokens_lib
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.events import EventInput, EventRows, HistorySpec
 from gemjax.layers.hstu import HstuBlock
-from gemjax.layers.norm import layer_norm
+from gemjax.layers.norm import LayerNorm
 from gemjax.layers.transformer import TransformerBlock
 from gemjax.models.heads import Heads
 
@@ -49,7 +49,7 @@ class SequenceRanker(nnx.Module):
     self.events = nnx.List([EventInput(h, dim, dtype=dtype, rngs=rngs) for h in histories])
     stack = lambda history: nnx.List([block(history) for _ in range(config.layers)])
     self.stacks = nnx.List([stack(h) for h in histories])
-    self.norms = nnx.List([layer_norm(dim, dtype, rngs) for _ in histories])
+    self.norms = nnx.List([LayerNorm(dim, dtype, rngs) for _ in histories])
     inputs = (units + len(histories)) * dim
     self.heads = Heads(inputs, config.head, tasks, config.dropout, dtype, rngs)
 

@@ -18,7 +18,8 @@
 | dropout after each hidden layer, feature dropout on X0   | ours  |
 | layers 2..l in one scan: compile time independent of l   | ours  |
 
-Letters: B examples, N units, D width of a unit, T tasks.
+Inside, units lie last (gemjax/layers/interaction.py).
+Letters: B examples, D width of a unit, N units, T tasks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from gemjax import config as config_lib
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.interaction import FactorizationMachine, UnitLinear
 from gemjax.layers.mlp import Mlp
-from gemjax.layers.norm import layer_norm
+from gemjax.layers.norm import LayerNorm
 from gemjax.models.heads import Heads
 
 # Parameters of the scanned layers have an axis more.
@@ -40,12 +41,12 @@ STACKED = {nnx.PARTITION_NAME: None, "axes": "layer"}
 
 
 class WukongLayer(nnx.Module):
-  """One layer: (B, N, D) -> (B, nF + nL, D)."""
+  """One layer: (B, D, N) -> (B, D, nF + nL)."""
 
   def __init__(self, config: config_lib.Wukong, units: int, dim: int, dtype: str, rngs: nnx.Rngs):
     outputs = config.fmb_units + config.lcb_units
     self.fm = FactorizationMachine(config.fm, units, dim, config.rank, dtype=dtype, rngs=rngs)
-    self.fm_norm = layer_norm(self.fm.outputs, dtype, rngs)
+    self.fm_norm = LayerNorm(self.fm.outputs, dtype, rngs)
     self.mlp = Mlp(
       self.fm.outputs,
       config.mlp,
@@ -57,14 +58,14 @@ class WukongLayer(nnx.Module):
     self.compress = UnitLinear(units, config.lcb_units, dtype=dtype, rngs=rngs)
     same = units == outputs
     self.residual = None if same else UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
-    self.norm = layer_norm(dim, dtype, rngs)
+    self.norm = LayerNorm(dim, dtype, rngs, axis=1)
     self.dim = dim
 
-  def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
-    flat = self.mlp(self.fm_norm(self.fm(x_BND, fold(key_B, 0))), fold(key_B, 1))
-    fmb = rearrange(flat, "b (n d) -> b n d", d=self.dim)
-    residual = x_BND if self.residual is None else self.residual(x_BND)
-    return self.norm(jnp.concatenate([fmb, self.compress(x_BND)], 1) + residual)
+  def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
+    flat = self.mlp(self.fm_norm(self.fm(x_BDN, fold(key_B, 0))), fold(key_B, 1))
+    fmb = rearrange(flat, "b (n d) -> b d n", d=self.dim)
+    residual = x_BDN if self.residual is None else self.residual(x_BDN)
+    return self.norm(jnp.concatenate([fmb, self.compress(x_BDN)], 2) + residual)
 
 
 class Wukong(nnx.Module):
@@ -92,14 +93,15 @@ class Wukong(nnx.Module):
     self.heads = Heads(outputs * dim, config.head, tasks, config.dropout, dtype, rngs)
 
   def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
+    x_BDN = rearrange(x_BND, "b n d -> b d n")
     if self.first is not None:
-      x_BND = self.first(x_BND, fold(key_B, 0))
+      x_BDN = self.first(x_BDN, fold(key_B, 0))
     if self.layers is not None:
       graph, weights = nnx.split(self.layers)
 
-      def layer(x_BND, at):
+      def layer(x_BDN, at):
         weights, index = at
-        return nnx.merge(graph, weights)(x_BND, fold(fold(key_B, 1), index)), None
+        return nnx.merge(graph, weights)(x_BDN, fold(fold(key_B, 1), index)), None
 
-      x_BND, _ = jax.lax.scan(layer, x_BND, (weights, jnp.arange(self.depth)), unroll=2)
-    return self.heads(rearrange(x_BND, "b n d -> b (n d)"), fold(key_B, 2))
+      x_BDN, _ = jax.lax.scan(layer, x_BDN, (weights, jnp.arange(self.depth)), unroll=2)
+    return self.heads(rearrange(x_BDN, "b d n -> b (n d)"), fold(key_B, 2))

@@ -143,6 +143,9 @@ def _device_step(trainer: Trainer, step, params, stacks, plans, batch, upcoming)
   dense_grad = reduce_gradients(dense_grad, trainer.specs.params)
   learning_rate = config.embedding.learning_rate * trainer.share(step)
   with jax.named_scope("update"):
+    # Written out by rows: read in another order below, a sum still to be done would be done anew
+    # for every float, down the columns of units.
+    rows_grad = jax.lax.optimization_barrier(rows_grad)
     stacks = tables.update(stacks, plans, rows_grad, learning_rate, jax.random.fold_in(key, 1))
   finite = {"loss": loss}
   for outer, tree in dense_grad.items():
