@@ -55,6 +55,7 @@ ABLATIONS = {
   "no_memory": {"memory_units": 0},
   "no_cross": {"cross": False},
   "no_target": {"target": False},
+  "no_interest": {"interest": 0},
   "no_pma": {"pma": 0},
   "no_recent": {"recent": 0},
   "no_pooled": {"pooled": False},

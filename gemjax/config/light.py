@@ -43,7 +43,7 @@ def _light(model: Any) -> Any:
     value = getattr(model, field.name)
     if isinstance(value, Attention):
       changes[field.name] = dataclasses.replace(value, heads=max(1, value.heads // SHARE))
-    elif field.name in ("mlp", "head", "hidden"):
+    elif value and field.name in ("mlp", "head", "hidden", "interest"):
       changes[field.name] = _narrow(value) if isinstance(value, tuple) else max(1, value // SHARE)
   return dataclasses.replace(model, **changes)
 

@@ -77,7 +77,7 @@ class Mlp:
 Model = Wukong | Logistic | Fm | Dlrm | Dcnv2 | Mlp | Din | Sasrec | Hstu | InterFormer | Gem
 
 # Numbers of a model that may be 0, which switches off what they count.
-_OPTIONAL = {"memory_units", "recent", "pma"}
+_OPTIONAL = {"memory_units", "recent", "pma", "interest"}
 
 
 def validate_model(model: Any, dim: int, prefix: str = "model") -> None:

@@ -86,6 +86,7 @@ class Gem:
   width: int = 1  # Blocks side by side in a layer, which share its units out among them.
   memory_units: int = 4  # Of a layer's output, over which later layers attend; 0: plain Wukong.
   pooled: bool = True  # Whether means over histories are units of the input.
+  interest: int = 64  # So are DIN's sums of events, weighed through so many hidden; 0: none.
   skip: bool = True  # Whether the head reads the input's units, too.
   # Sequence towers: for every history a pyramid of branches side by side.
   strides: tuple[int, ...] = (1, 8)  # Events a token of each branch; (): no towers.
@@ -140,5 +141,5 @@ def validate_gem(model: Any, prefix: str) -> None:
        f"at most the {outputs} units of a layer")  # fmt: skip
   newest = model.recent and model.strides == (1,)  # Branches of other strides pass no events on.
   told = model.cross or model.target or model.pma or newest
-  law = "positive where cross and target are off: only newest events of stride 1 would be told"
-  need(not model.strides or told, f"{prefix}.pma", model.pma, law)
+  law = "() where cross, target and pma are off: branches would say nothing but newest events"
+  need(not model.strides or told, f"{prefix}.strides", model.strides, law)

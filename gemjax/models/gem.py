@@ -2,9 +2,11 @@
 interactions and pyramids of sequence layers, which learn from each other in every layer.
 
 Published are the parts and what they are for, not their formulas; what is written here is our
-design. A Wukong layer brings the features to n_F + n_L units, X_1 = WukongLayer(X_0). Then in layer
-i = 1..l all parts read the layer's inputs, so that interactions and sequences run side by side:
+design. Units are the features and, of every history, the mean and DIN's interest. A Wukong layer
+brings them to n_F + n_L units. Then in layer i = 1..l all parts read the layer's inputs, so that
+interactions and sequences run side by side:
 
+  X_0     = [features | means | sum_e a(e, candidate) e],  X_1 = WukongLayer(X_0)
   X_sum   = Gating(W X_i)
   A       = attention of X_sum over the memories M_0 .. M_{i-1}
   X_{i+1} = concat over the width of WukongLayer([X_i | S_sum | A])
@@ -28,6 +30,7 @@ to layer (GEM's post).
 | strides, means, one cell a branch and layer                                   | ours        |
 | blocks of 64, QK-norm, rotary positions, PMA, cross attention                 | GEM         |
 | X_sum, S_sum, personalised W                                                  | InterFormer |
+| interest as a unit of X_0: not normalised, it tells how much, not only what   | DIN, ours   |
 | several domains over one trunk                                                | GEM         |
 | a norm and heads of a domain's own                                            | ours        |
 | layers in one scan: compile time independent of l                             | ours        |
@@ -53,6 +56,7 @@ from gemjax.layers.exchange import SequenceSummary, UnitSummary
 from gemjax.layers.gating import Gating
 from gemjax.layers.hstu import HstuBlock
 from gemjax.layers.interaction import UnitLinear
+from gemjax.layers.interest import Interest
 from gemjax.layers.memory import LayerMemory
 from gemjax.layers.norm import LayerNorm
 from gemjax.layers.personalised import PersonalisedFfn
@@ -198,10 +202,14 @@ class Gem(nnx.Module):
   ):
     make = {"dtype": dtype, "rngs": rngs}
     outputs = config.fmb_units + config.lcb_units
-    towers = histories if config.strides else ()
-    self.events = nnx.List([EventInput(h, dim, **make) for h in towers])
+    histories = histories if config.strides or config.interest else ()
+    self.names = tuple(h.name for h in histories)
+    self.events = nnx.List([EventInput(h, dim, **make) for h in histories])
+    interest = lambda: Interest((config.interest,), dim, **make)
+    self.interests = nnx.List([interest() for _ in histories] if config.interest else [])
+    units += len(self.interests)
     self.branches = tuple(
-      Branch(h.name, stride, -(-h.length // stride)) for h in towers for stride in config.strides
+      Branch(h.name, stride, -(-h.length // stride)) for h in histories for stride in config.strides
     )
     remember = lambda: UnitLinear(units, config.memory_units, **make)
     self.memory = remember() if config.memory_units else None
@@ -231,7 +239,16 @@ class Gem(nnx.Module):
     domain_B: jax.Array | None = None,
   ) -> jax.Array:
     B, _, D = x_BND.shape
-    branches, candidates = self._branches(x_BND, histories)
+    tokens = [events(histories[name]) for name, events in zip(self.names, self.events)]
+    asking = [events.candidate(x_BND) for events in self.events]
+    interests = [of(*past)[:, None] for of, *past in zip(self.interests, tokens, asking)]
+    x_BND = jnp.concatenate([x_BND, *interests], 1)
+    past, candidate = dict(zip(self.names, tokens)), dict(zip(self.names, asking))
+    branches = [
+      past[name] if stride == 1 else tokens_lib.coarsen(past[name], stride)
+      for name, stride, _ in self.branches
+    ]
+    candidates = [candidate[name] for name, _, _ in self.branches]
     x_BDN = rearrange(x_BND, "b n d -> b d n")
     memory_BLKD = jnp.zeros((B, self.depth + 1, self.memory_units, D), x_BND.dtype)
     if self.memory is not None:
@@ -258,17 +275,3 @@ class Gem(nnx.Module):
     layered_BND = rearrange(state.x_BDN, "b d n -> b n d")
     units_BND = jnp.concatenate([*read, layered_BND, s_sum_BMD], 1)
     return self.heads(rearrange(units_BND, "b n d -> b (n d)"), domain_B, fold(key_B, 2))
-
-  def _branches(
-    self, x_BND: jax.Array, histories: dict[str, EventRows]
-  ) -> tuple[list[Tokens], list[jax.Array]]:
-    """The tokens of every branch, and the candidate as a token of its history (B, D)."""
-    names = dict.fromkeys(b.history for b in self.branches)
-    inputs = dict(zip(names, self.events))
-    tokens = {name: events(histories[name]) for name, events in inputs.items()}
-    candidates = {name: events.candidate(x_BND) for name, events in inputs.items()}
-    branches = [
-      tokens[name] if stride == 1 else tokens_lib.coarsen(tokens[name], stride)
-      for name, stride, _ in self.branches
-    ]
-    return branches, [candidates[name] for name, _, _ in self.branches]

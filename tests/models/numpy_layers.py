@@ -87,3 +87,9 @@ def remembered(queries, memories, w):
 
 def heads(x, w):
   return np.array([mlp(x.reshape(-1), w["heads"][t])[0] for t in range(len(w["heads"]))])
+
+
+def interest(s, candidate, w):
+  """v = sum_e MLP([e, c, e - c, e * c]) e, not normalised."""
+  seen = lambda e: np.concatenate([e, candidate, e - candidate, e * candidate])
+  return sum((mlp(seen(e), w["weigh"]) * e for e in s), np.zeros_like(candidate))

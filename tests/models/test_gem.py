@@ -14,6 +14,7 @@ from numpy_layers import (
   event_tokens,
   gating,
   heads,
+  interest,
   over_units,
   personalised,
   remembered,
@@ -29,10 +30,10 @@ from gemjax.models.gem import Gem
 
 DOMAINS = 3
 CONFIG = c.Gem(
-  layers=3, fmb_units=4, lcb_units=2, rank=3, mlp=(7,), width=2, memory_units=2, strides=(1, 3),
+  layers=3, fmb_units=4, lcb_units=4, rank=3, mlp=(7,), width=2, memory_units=2, strides=(1, 3),
   fine=c.Attention(heads=2, block=4, rope=50.0, qk_norm=True),
   coarse=c.Attention(heads=1, rope=20.0, qk_norm=True, time_buckets=33),
-  cls=2, cross=True, pma=1, recent=3, gating="tanh", domain="surface", head=(6,),
+  cls=2, cross=True, interest=5, pma=1, recent=3, gating="tanh", domain="surface", head=(6,),
 )  # fmt: skip
 
 
@@ -82,10 +83,14 @@ def layer(config, branches, x, s_sum, memories, w):
 
 def oracle(config, w, x, histories, domain_B=None):
   branches = []
-  for i, (units, age) in enumerate(histories if config.strides else ()):
+  interests = []
+  for i, (units, age) in enumerate(histories if config.strides or config.interest else ()):
     s = event_tokens(units, age, w["events"][i])
     candidate = candidate_token(x, SPECS[i].candidate, w["events"][i])
+    if config.interest:
+      interests.append(interest(s, candidate[0], w["interests"][i])[None])
     branches += [Branch(config, SPECS[i], stride, s, age, candidate) for stride in config.strides]
+  x = np.concatenate([x, *interests])
   memories = [over_units(x, w["memory"])] if config.memory_units else []
   skipped = x if config.skip else x[:0]
   x = wukong_layer(x, w["first"], config.fmb_units)
@@ -154,6 +159,7 @@ SWITCHES = {  # What is switched, and which parameters go with it.
   "skip": ({"skip": False}, "none"),
   "pma": ({"pma": 0}, r"layers\.summary\.sequences\.\d\.pool\.seeds_MD"),
   "recent": ({"recent": 0}, "none"),
+  "interest": ({"interest": 0}, r"interests\."),
   "all but recent": (
     {"cross": False, "target": False, "pma": 0, "strides": (1,)},
     r"layers\.(summary\.sequences|branches\.1)\.",
@@ -161,7 +167,11 @@ SWITCHES = {  # What is switched, and which parameters go with it.
   "memory": ({"memory_units": 0}, r"(layers\.)?memory\."),
   "width": ({"width": 1}, r"layers\.blocks\.1\."),
   "coarse branch": ({"strides": (1,)}, r"layers\.(branches|summary\.sequences)\.1\."),
-  "towers": ({"strides": ()}, r"events\.|layers\.(branches|summary)\."),
+  "towers": ({"strides": ()}, r"layers\.(branches|summary)\."),
+  "histories": (
+    {"strides": (), "interest": 0},
+    r"events\.|interests\.|layers\.(branches|summary)\.",
+  ),
   "domain": ({"domain": ""}, r"heads\.(gain_KI|bias_KI|heads\.[12]\.)"),
 }
 LATE = r"(units|summary)\."  # Where nothing was exchanged, the head asks the branches.
@@ -190,6 +200,6 @@ def test_hstu_cells(quickly_compiled):
 @pytest.mark.parametrize("strides", [(1, 3), (3,)])
 def test_a_branch_that_nothing_leaves_is_refused(strides):
   model = dataclasses.replace(CONFIG, cross=False, target=False, pma=0, strides=strides)
-  with pytest.raises(c.ConfigError, match=r"config\.model\.pma is 0, but must be positive where"):
+  with pytest.raises(c.ConfigError, match=r"config\.model\.strides is .*, but must be \(\) where"):
     c.Config(name="x", model=model).validate()
   c.Config(name="x", model=dataclasses.replace(model, strides=(1,))).validate()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from history_case import LENGTHS, SPECS, B, Case, D, N, T, ends, make_histories, maker
-from numpy_layers import candidate_token, event_tokens, heads
-from sequence_oracle import hstu, layer_norm, mlp, transformer
+from numpy_layers import candidate_token, event_tokens, heads, interest
+from sequence_oracle import hstu, layer_norm, transformer
 
 from gemjax import config as c
 from gemjax.layers.events import EventRows
@@ -25,10 +25,7 @@ def din(w, x, histories):
   parts = [x.reshape(-1)]
   for i, (units, age) in enumerate(histories):
     c = candidate_token(x, SPECS[i].candidate, w["events"][i])[0]
-    interest = np.zeros(D)
-    for e in event_tokens(units, age, w["events"][i]):
-      interest += mlp(np.concatenate([e, c, e - c, e * c]), w["weights"][i]) * e
-    parts += [interest, c]
+    parts += [interest(event_tokens(units, age, w["events"][i]), c, w["interests"][i]), c]
   return heads(np.concatenate(parts), w["heads"])
 
 
