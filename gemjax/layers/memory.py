@@ -1,4 +1,4 @@
-"""Attention across layers: a layer reads what the layers before it put out.
+"""Attention across layers: a layer reads what entered it and the layers before it.
 
 Letters: B examples, N units, M queries, D width, L memories, K units of one.
 """
@@ -21,7 +21,7 @@ class LayerMemory(nnx.Module):
   """A layer's part in the memory of all layers.
 
       read   softmax(W_q Q (W_k M)ᵀ / sqrt(d)) W_v M   over all units of the memories written
-      write  M_i = LN(C X_i), C in R^{K x N}
+      write  M_i = LN(C X_i), C in R^{K x N}   X_i what enters layer i
 
   GEM's "cross-layer attention connections"; the formula is ours.
   """

@@ -8,12 +8,12 @@ interactions and sequences run side by side:
 
   X_0     = [features | means | sum_e a(e, candidate) e],  X_1 = WukongLayer(X_0)
   X_sum   = Gating(W X_i)
-  A       = attention of X_sum over the memories M_0 .. M_{i-1}
+  M_i     = LN(C X_i), some units;  M_0 = C X_0
+  A       = attention of X_sum over the memories M_0 .. M_i
   X_{i+1} = concat over the width of WukongLayer([X_i | S_sum | A])
   S_{i+1} = cell(S_i + LN(S_i) W(X_sum))   of every branch; cell: a transformer or an HSTU block
   S_sum   = [cross(X_sum, S) | cross(candidate, S) | PMA(S) | newest tokens], gated if asked for,
             over all branches S_{i+1}; first 0
-  M_i     = LN(C X_{i+1}), some units;  M_0 = C X_0
 
   ŷ = MLP([X_0 | X_{l+1} | S_sum])         of the example's domain, behind the domain's own norm
 
@@ -163,13 +163,15 @@ class GemLayer(nnx.Module):
   def __call__(
     self, state: State, branches: list[Tokens], candidates: list[jax.Array], index, key_B: Key
   ) -> State:
-    """Layer number `index`, from 1 on: as many memories are written before it."""
+    """Layer number `index`, from 1 on: as many memories are written before its own."""
     key = lambda part: fold(key_B, part)
     sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
     x_sum_BMD = self.units(state.x_BDN)
     heard = [state.s_sum_BMD]
+    memory_BLKD = state.memory_BLKD
     if self.memory is not None:
-      heard.append(self.memory.read(x_sum_BMD, state.memory_BLKD, index))
+      memory_BLKD = self.memory.write(state.x_BDN, memory_BLKD, index)
+      heard.append(self.memory.read(x_sum_BMD, memory_BLKD, index + 1))
     heard_BDM = rearrange(jnp.concatenate(heard, 1), "b m d -> b d m")
     input_BDN = jnp.concatenate([state.x_BDN, heard_BDM], 2)
     x_BDN = jnp.concatenate([b(input_BDN, key(2 * w)) for w, b in enumerate(self.blocks)], 2)
@@ -177,11 +179,9 @@ class GemLayer(nnx.Module):
       tokens._replace(x_ED=layer(tokens, x_sum_BMD, key(2 * b + 1)))
       for b, (layer, tokens) in enumerate(zip(self.branches, sequences))
     ]
-    s_sum_BMD, memory_BLKD = state.s_sum_BMD, state.memory_BLKD
+    s_sum_BMD = state.s_sum_BMD
     if self.summary is not None:
       s_sum_BMD = self.summary(sequences, x_sum_BMD, candidates)
-    if self.memory is not None:
-      memory_BLKD = self.memory.write(x_BDN, memory_BLKD, index)
     return State(x_BDN, tuple(s.x_ED for s in sequences), s_sum_BMD, memory_BLKD)
 
 

@@ -65,6 +65,7 @@ def layer(config, branches, x, s_sum, memories, w):
   x_sum = unit_summary(x, w["units"], config.gating)
   inputs = [x, s_sum]
   if config.memory_units:
+    memories.append(layer_norm(over_units(x, w["memory"]["compress"]), w["memory"]["norm"]))
     inputs.append(remembered(x_sum, memories, w["memory"]))
   fmb_units = config.fmb_units // config.width
   blocks = [wukong_layer(np.concatenate(inputs), of, fmb_units) for of in w["blocks"].values()]
@@ -101,8 +102,6 @@ def oracle(config, w, x, histories, domain_B=None):
   for i in range(config.layers):
     of = jax.tree.map(lambda p, i=i: p[i], w["layers"])
     x, s_sum = layer(config, branches, x, s_sum, memories, of)
-    if config.memory_units:
-      memories.append(layer_norm(over_units(x, of["memory"]["compress"]), of["memory"]["norm"]))
   if branches and not config.exchange:
     x_sum = unit_summary(x, w["units"], config.gating)
     s_sum = said(config, branches, x_sum, w["summary"])
