@@ -24,6 +24,10 @@ HISTORY_STEPS = 16
 MAX_ROWS = 2**40  # Of a table: with 256 numbers in bf16 each, they fill 7000 GPUs of 80 GB.
 
 
+class FeatureError(ValueError):
+  """Features that contradict each other, or a file of features that is damaged."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Dense:
   """A real number, stored as z = (f(x) - mean) / std with f = `transform`.
@@ -106,24 +110,26 @@ class FeatureSet:
     for h in self.history:
       names += [f"{h.name}.{c.name}" for c in h.columns]
       if not h.columns or h.max_length < 1:
-        raise ValueError(
+        raise FeatureError(
           f"history {h.name!r} needs a column and room for an event, has {len(h.columns)} columns "
           f"and max_length {h.max_length}"
         )
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
-      raise ValueError(f"feature names must be unique, but {twice} appear more than once")
+      raise FeatureError(f"feature names must be unique, but {twice} appear more than once")
     if not self.tasks:
-      raise ValueError("a feature set needs at least one task (label column), but has none")
+      raise FeatureError("a feature set needs at least one task (label column), but has none")
     sizes: dict[str, tuple[int, str]] = {}
     for f in self.categorical:
       if f.size < RESERVED:
-        raise ValueError(f"feature {f.name!r}: a table has at least {RESERVED} rows, got {f.size}")
+        raise FeatureError(
+          f"feature {f.name!r}: a table has at least {RESERVED} rows, got {f.size}"
+        )
       if f.size > MAX_ROWS:
-        raise ValueError(f"feature {f.name!r}: a table has at most 2^40 rows, got {f.size}")
+        raise FeatureError(f"feature {f.name!r}: a table has at most 2^40 rows, got {f.size}")
       size, other = sizes.setdefault(f.table, (f.size, f.name))
       if size != f.size:
-        raise ValueError(
+        raise FeatureError(
           f"features {other!r} and {f.name!r} share table {f.table!r}, "
           f"but its size is {size} for one and {f.size} for the other"
         )
@@ -154,13 +160,13 @@ class FeatureSet:
 
   @classmethod
   def from_json(cls, tree: dict[str, Any]) -> FeatureSet:
-    """Inverse of `to_json`; raises ValueError naming an entry that is missing or not known."""
+    """Inverse of `to_json`; raises FeatureError naming an entry that is missing or not known."""
     try:
       kinds = {k: tuple(_spec(c, f) for f in tree[k]) for k, c in _KINDS.items()}
       rest = {k: v for k, v in tree.items() if k not in _KINDS}
       return cls(**kinds, **rest | {"tasks": tuple(tree["tasks"])})
     except (KeyError, TypeError) as error:
-      raise ValueError(f"not a feature set: {error}") from error
+      raise FeatureError(f"not a feature set: {error}") from error
 
   def difference(self, other: FeatureSet) -> str | None:
     """The first difference to `other` in words that name the field, or None."""

@@ -13,12 +13,15 @@ from gemjax.parallel.process import set_up_process
 from gemjax.train.termination import Terminated
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], *, accelerated: bool = True) -> None:
   """Parses the flags and calls `main`; errors that a user can mend leave no traceback.
+
+  `accelerated` is for binaries that compute with JAX, on a GPU where there is one.
 
   Exit codes: 0 done, 1 an error in one sentence, 2 wrong flags, 130 Ctrl-C, 143 SIGTERM.
   """
-  set_up_process()
+  if accelerated:
+    set_up_process()
   logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback beside every error it raises.
   sys.unraisablehook = _unraisable
   # What a failed save of Orbax leaves behind; its error is ours to tell.
@@ -47,6 +50,8 @@ def _parse(argv: list[str]) -> list[str]:
     config = next((f" ({arg})" for arg in argv if arg.startswith("--config=")), "")
     kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
     mend = "see --help, and gemjax/config/ for the fields"
+    if "dict[" in str(error):
+      mend = "a dict is set in a config file"
     _fail(2, f"wrong flags{config}: {kind}{_sentence(error)}; {mend}")
 
 
@@ -58,7 +63,7 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
   except Terminated as stop:
     _fail(143, str(stop))
   except KeyboardInterrupt:
-    _fail(130, "interrupted; the same command goes on from the last checkpoint")
+    _fail(130, "interrupted; run the same command again to go on")
   except Exception as error:
     if _is_ours(error):
       _fail(1, _sentence(error))

@@ -7,12 +7,13 @@
 The schema file is explained in gemjax/data/schema.py.
 """
 
-import sys
-
-from absl import app, flags
+import cli
+from absl import flags
 
 from gemjax.data.download import download
 from gemjax.data.preparation import DATASETS, prepare
+from gemjax.data.schema import SchemaError
+from gemjax.train.termination import Termination
 
 _DATASET = flags.DEFINE_string("dataset", None, f"One of {', '.join(DATASETS)}.")
 _INPUT = flags.DEFINE_string("input", None, "File or folder of the raw data.")
@@ -24,14 +25,12 @@ _DOWNLOAD = flags.DEFINE_bool("download", False, "Fetch the public set into --in
 _BASE = flags.DEFINE_string("download_base", None, "Address that replaces the publisher's.")
 
 
-def main(argv):
-  try:
-    if argv[1:]:
-      raise ValueError(f"arguments must be flags, but got {argv[1:]}; write --name=value")
-    for flag in (_DATASET, _INPUT, _OUTPUT):
-      if not flag.value:
-        raise ValueError(f"--{flag.name} is missing; see launch/prepare.py --help")
-    path = _INPUT.value
+def main():
+  for flag in (_DATASET, _INPUT, _OUTPUT):
+    if not flag.value:
+      raise SchemaError(f"--{flag.name} is missing; see launch/prepare.py --help")
+  path = _INPUT.value
+  with Termination(f"stopped by SIGTERM; nothing was written to {_OUTPUT.value}"):
     if _DOWNLOAD.value:
       path = download(_DATASET.value, path, base=_BASE.value)
     data = prepare(
@@ -39,12 +38,6 @@ def main(argv):
       hash_rows=_HASH_ROWS.value,
       min_count=_MIN_COUNT.value,
     )
-  except (ValueError, OSError) as error:
-    print(error, file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print(f"interrupted; nothing was written to {_OUTPUT.value}", file=sys.stderr)
-    return 130
   f = data.features
   print(f"{data.path}: " + ", ".join(f"{n} {s.examples:,}" for n, s in data.splits.items()))
   print(
@@ -52,8 +45,7 @@ def main(argv):
     + "".join(f"history {n} of {h.events:,} events, " for n, h in data.histories.items())
     + f"{sum(f.tables.values()):,} rows in {len(f.tables)} tables, labels {list(f.tasks)}"
   )
-  return 0
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main, accelerated=False)

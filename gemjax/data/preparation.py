@@ -17,7 +17,7 @@ import tqdm
 from gemjax.data import movielens, public, table
 from gemjax.data.encoding import fit
 from gemjax.data.prepared import PreparedData, PreparedWriter
-from gemjax.data.raw import Chunk, RawDataError, Reader, Source, existing
+from gemjax.data.raw import Chunk, RawDataError, Reader, Source, existing, fingerprint
 from gemjax.data.schema import SPLITS, Schema, SchemaError
 from gemjax.data.schema_file import load_schema
 from gemjax.data.values import complete, numbers
@@ -87,6 +87,7 @@ def prepare(
             "give it rows or other fractions"
           )
       origin = {"dataset": dataset, "input": os.path.abspath(path)}
+      origin["fingerprint"] = fingerprint(path)
       origin |= {"split": schema.split.by, "rows": counts}
       return writer.finish(encoder.features, vocabularies=encoder.vocabularies, origin=origin)
   except OSError as error:

@@ -28,7 +28,7 @@ from gemjax.data.histories import Stored, check_history, write_history
 from gemjax.features import FeatureSet, History
 
 MANIFEST = "manifest.json"
-VERSION = 3
+VERSION = 4
 BLOCK_SIZE = 4096
 
 
@@ -85,6 +85,8 @@ def open_prepared(path: str | os.PathLike) -> PreparedData:
       raise PreparedDataError(
         f"{file}: version {tree['version']}, but this code reads {VERSION}; prepare again"
       )
+    if tree.pop("crc32") != checksum(tree):
+      raise PreparedDataError(f"{file} is damaged or was edited (its checksum); prepare again")
     features = FeatureSet.from_json(tree["features"])
     splits = {
       name: Split(
@@ -198,7 +200,7 @@ class PreparedWriter:
       (self._partial / "vocabularies.json").write_text(json.dumps(vocabularies))
     manifest = {"version": VERSION, "features": features.to_json(), "splits": splits}
     manifest |= {"histories": histories, "origin": origin}
-    text = json.dumps(manifest, indent=1)
+    text = json.dumps(manifest | {"crc32": checksum(manifest)}, indent=1)
     (self._partial / MANIFEST).write_text(text)
     if self._path.exists():
       self._path.rmdir()
@@ -241,6 +243,11 @@ class PreparedWriter:
       reader.close()
       if found != len(blocks):
         raise OSError(f"{file} holds {found} of {len(blocks)} blocks; is the disk full?")
+
+
+def checksum(manifest: dict[str, Any]) -> int:
+  """CRC32 of a manifest's values, however they are laid out."""
+  return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _file(split: str) -> str:

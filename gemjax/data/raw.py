@@ -94,7 +94,7 @@ class TextFile:
           text = self._text(block, line)
           if not names:
             header, _, text = text.partition("\n")
-            names, line = _header(header, self.delimiter), line + 1
+            names, line = self._header(header), line + 1
           check_columns(self.path, names, columns)
           if not text:
             continue
@@ -113,6 +113,15 @@ class TextFile:
       raise RawDataError(f"{self.path} has a header, but no rows below it; give it rows")
     if line == 1:
       raise RawDataError(f"{self.path} is empty; give it a header line and rows")
+
+  def _header(self, line: str) -> tuple[str, ...]:
+    text, delimiter = _single(line.removesuffix("\r"), self.delimiter)
+    try:
+      return tuple(next(csv.reader([text], delimiter=delimiter), ()))
+    except csv.Error as error:  # Lines that end in a lone carriage return are all one to us.
+      raise RawDataError(
+        f"{self.path}, line 1 is no header ({error}); lines end in \\n or \\r\\n"
+      ) from error
 
   def _text(self, block: bytes, line: int) -> str:
     try:
@@ -215,9 +224,12 @@ def existing(path: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def _header(line: str, delimiter: str) -> tuple[str, ...]:
-  line, delimiter = _single(line.removesuffix("\r"), delimiter)
-  return tuple(next(csv.reader([line], delimiter=delimiter), ()))
+def fingerprint(path: str | os.PathLike) -> int:
+  """CRC32 of the names, sizes and times of all files at `path`: tells that some have changed."""
+  path = pathlib.Path(path)
+  files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
+  seen = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+  return zlib.crc32(repr(seen).encode())
 
 
 def _single(text: str, delimiter: str) -> tuple[str, str]:

@@ -106,7 +106,7 @@ class Column:
   threshold: float | None = None
 
   def __post_init__(self):
-    if self.kind not in FIELDS:
+    if not isinstance(self.kind, str) or self.kind not in FIELDS:
       raise SchemaError(f"kind {self.kind!r} is unknown; choose from {list(FIELDS)}")
     for field in dataclasses.fields(self)[1:]:
       value = getattr(self, field.name)
@@ -209,6 +209,8 @@ class Schema:
         )
       if not _NAME.fullmatch(name):
         raise SchemaError(f"history {name!r}: the name must be of letters, digits, _ and -")
+      if name in self.columns:
+        raise SchemaError(f"history {name!r} is named like a column; rename one of them")
     tables: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, column in self.categories.items():
       mine = {k: getattr(column, k) for k in ("encoding", "rows", "min_count", "seed")}

@@ -8,6 +8,7 @@ import pathlib
 from gemjax import config as config_lib
 from gemjax.data.preparation import prepare, recognise
 from gemjax.data.prepared import MANIFEST, PreparedData, PreparedDataError, open_prepared
+from gemjax.data.raw import fingerprint
 from gemjax.data.simulator import simulate
 from gemjax.train.workdir import DATA
 
@@ -36,6 +37,11 @@ def open_data(
     if found != wanted:
       raise PreparedDataError(
         f"{made} holds {found}, but config.data asks for {wanted}; name another --workdir"
+      )
+    # What it was made from may be gone by now, but not have changed.
+    if path != DEMO and os.path.exists(path) and fingerprint(path) != data.origin["fingerprint"]:
+      raise PreparedDataError(
+        f"{made} was made from {path}, whose files have changed since; name another --workdir"
       )
     return data
   if not make:

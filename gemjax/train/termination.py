@@ -10,9 +10,10 @@ class Terminated(Exception):
 
 
 class Termination:
-  """While open, SIGTERM raises Terminated, or once `deferred` only sets `requested`."""
+  """While open, SIGTERM raises Terminated(`sentence`), or once `deferred` only sets `requested`."""
 
-  def __init__(self):
+  def __init__(self, sentence: str = "stopped by SIGTERM before the first step"):
+    self.sentence = f"{sentence}; the same command begins anew"
     self.deferred = False
     self.requested = False
 
@@ -27,4 +28,4 @@ class Termination:
     del signum, frame
     self.requested = True
     if not self.deferred:
-      raise Terminated("stopped by SIGTERM before the first step; the same command begins anew")
+      raise Terminated(self.sentence)

@@ -12,6 +12,7 @@ from gemjax import config as config_lib
 from gemjax.features import FeatureSet
 
 RUN, SUMMARY, CHECKPOINTS, DATA = "run.json", "summary.json", "checkpoints", "data"
+LOCK = "lock"
 
 
 class WorkdirError(ValueError):
@@ -33,7 +34,7 @@ class Workdir:
       return
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-      self._lock = (self.path / "lock").open("w")
+      self._lock = (self.path / LOCK).open("w")
     except OSError as error:
       raise WorkdirError(f"{self.path} cannot be written ({error.strerror})") from error
     try:
@@ -48,8 +49,12 @@ class Workdir:
     return self
 
   def __exit__(self, kind, value, trace) -> None:
-    if self.first:
-      self._lock.close()
+    if not self.first:
+      return
+    if kind is not None and os.listdir(self.path) == [LOCK]:  # Refused before any work.
+      (self.path / LOCK).unlink()
+      self.path.rmdir()
+    self._lock.close()
 
   def claim(
     self,

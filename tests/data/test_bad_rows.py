@@ -54,6 +54,7 @@ ROWS = {
   "not UTF-8": (with_row(b"0,1,\xff\xfe,u,1,a"), SCHEMA, ["line 6 is not utf-8", "0xff"]),
   "UTF-16": (GOOD.decode().encode("utf-16"), SCHEMA, ["line 1 is not utf-8", "convert"]),
   "empty": (b"", SCHEMA, ["in.csv is empty"]),
+  "carriage returns alone": (GOOD.replace(b"\n", b"\r"), SCHEMA, ["in.csv, line 1", "\\r\\n"]),
   "header only": (b"y,d,c,u,t,s\n", SCHEMA, ["in.csv", "header", "no rows"]),
   "names twice": (GOOD.replace(b"u,t", b"d,t", 1), SCHEMA, ["unique", "['d'] come twice"]),
   "no column": (GOOD.replace(b"y,d", b"y,D", 1), SCHEMA, ["no column 'd'", "'D'"]),

@@ -13,6 +13,7 @@ SCHEMAS = {
   ),
   "no feature": ('[columns.y]\nkind = "label"\n', ["no feature"]),
   "unknown kind": (SCHEMA.replace('"dense"', '"danse"'), ["column 'd'", "'danse'", "'dense'"]),
+  "kind a table": (SCHEMA.replace('"dense"', "{a = 1}"), ["column 'd'", "{'a': 1}", "'dense'"]),
   "no kind": (SCHEMA + "[columns.z]\nrows = 3\n", ["column 'z'", "kind is missing"]),
   "unknown field": (SCHEMA + "colour = 3\n", ["column 'c'", "'colour'", "'min_count'"]),
   "field of another kind": (SCHEMA + 'transform = "log1p"\n', ["column 'c'", "'transform'"]),
@@ -49,6 +50,10 @@ SCHEMAS = {
   "user twice": ("user = 3\n" + SCHEMA, ["user must be a text", "3"]),
   "no TOML": ("[columns\n", ["schema.toml", "line 1"]),
   "column twice": (SCHEMA + '[columns.y]\nkind = "dense"\n', ["schema.toml", "line"]),
+  "history named like a column": (
+    PAST.replace("histories.h", "histories.c") + 'kind = "sparse"\n',
+    ["schema.toml", "history 'c'", "rename"],
+  ),
   "history without user": (PAST.replace('user = "u"', ""), ["history 'h'", "`user = COLUMN`"]),
   "history without time": (PAST.replace('time = "t"', ""), ["history 'h'", "`time = COLUMN`"]),
   "history without file": (PAST.replace('file = "e.csv"', ""), ["history 'h'", "file is missing"]),

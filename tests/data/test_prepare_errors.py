@@ -111,7 +111,7 @@ def test_disk_that_really_refuses(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "s.toml"]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_in_the_middle(tmp_path, sign):
   flags = flags_for(tmp_path, 300_000)
   process = launch(*flags)
@@ -119,10 +119,12 @@ def test_killed_in_the_middle(tmp_path, sign):
     time.sleep(0.01)
   assert process.poll() is None, process.stderr.read()
   process.send_signal(sign)
-  process.communicate(timeout=60)
-  assert process.returncode == (130 if sign == signal.SIGINT else -signal.SIGKILL)
+  _, stderr = process.communicate(timeout=60)
+  codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
+  assert process.returncode == codes.get(sign, -signal.SIGKILL)
   assert not (tmp_path / "out").exists()
-  if sign == signal.SIGINT:
+  if sign in codes:
+    assert "error: " in stderr and "command" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out.partial").exists()
   else:  # The same command starts afresh over what the killed one left.
     process = launch(*flags_for(tmp_path, 400))
@@ -143,6 +145,6 @@ def test_launch_says_one_sentence(tmp_path):
   running = [(launch(*case), words) for case, words in cases]
   for process, words in running:
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and not stdout
+    assert process.returncode == (2 if "flags" in words else 1) and not stdout
     assert words in stderr and "Traceback" not in stderr and stderr.count("\n") == 1, stderr
   assert not (tmp_path / "out").exists()

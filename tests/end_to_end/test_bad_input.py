@@ -10,9 +10,9 @@ from bad import flip, refuses, sentence, truncate
 
 from gemjax import config as c
 from gemjax.checkpoint import Checkpoints
-from gemjax.data.prepared import MANIFEST
+from gemjax.data.prepared import MANIFEST, checksum
 from gemjax.train.loop import train
-from gemjax.train.workdir import CHECKPOINTS, RUN, SUMMARY
+from gemjax.train.workdir import CHECKPOINTS, SUMMARY
 
 GOOD = f"--config={tiny.FILE}"
 CONFIGS = {
@@ -110,12 +110,14 @@ def test_a_config_that_does_not_fit_the_data(config, data, tmp_path, capsys):
   config.mesh = c.Mesh(data=1, model=1)
   config.model = c.Logistic()
   refuses(capsys, config, run, "embedding.dim")
-  assert not (run / RUN).exists() and not (run / "tensorboard").exists()
+  assert not run.exists()
 
 
-def spoil_manifest(folder, change):
+def spoil_manifest(folder, change, *, sealed=True):
   tree = json.loads((folder / MANIFEST).read_text())
   change(tree)
+  if sealed:
+    tree["crc32"] = checksum({name: tree[name] for name in tree if name != "crc32"})
   (folder / MANIFEST).write_text(json.dumps(tree))
 
 
@@ -129,7 +131,11 @@ DATA = {
   ),
   "manifest empty": (lambda d: (d / MANIFEST).write_text(""), [MANIFEST, "truncated or corrupt"]),
   "manifest a list": (lambda d: (d / MANIFEST).write_text("[]"), [MANIFEST, "corrupt"]),
-  "version": (lambda d: spoil_manifest(d, lambda t: t.update(version=9)), ["version 9", "reads 3"]),
+  "version": (lambda d: spoil_manifest(d, lambda t: t.update(version=9)), ["version 9", "reads 4"]),
+  "edited": (
+    lambda d: spoil_manifest(d, lambda t: t["splits"]["valid"].update(files=[]), sealed=False),
+    [MANIFEST, "edited", "prepare again"],
+  ),
   "unknown feature field": (
     lambda d: spoil_manifest(d, lambda t: t["features"]["dense"][0].update(colour=1)),
     [MANIFEST, "colour"],

@@ -11,6 +11,7 @@ import tiny
 
 from gemjax import config as c
 from gemjax.checkpoint import Checkpoints
+from gemjax.data.prepared import PreparedDataError
 from gemjax.train.loop import train
 from gemjax.train.trained import evaluate_run
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY
@@ -128,4 +129,9 @@ def test_a_raw_public_set_is_prepared_on_first_use(tmp_path, capsys):
   assert found["test"]["examples"] == 10_000
   train(config, tmp_path / "run")
   assert "preparing" not in capsys.readouterr().out
+  config.data.path = str(shutil.copytree(raw, tmp_path / "raw"))
+  train(config, tmp_path / "copied")
+  (tmp_path / "raw" / "u.data").touch()
+  with pytest.raises(PreparedDataError, match=r"made from .*raw, whose files have changed since"):
+    train(config, tmp_path / "copied")
   shutil.rmtree(tmp_path / "run" / "data")
