@@ -106,7 +106,7 @@ class Gem:
   pma: int = 2
   recent: int = 2
   gating: str = "none"  # sigmoid | tanh | identity, InterFormer's gates; none.
-  domain: str = ""  # Sparse feature whose every value has a norm and heads of its own.
+  domain: str = ""  # Sparse feature whose every value bends the heads to its own.
   head: tuple[int, ...] = (128,)
   dropout: float = 0.0
   feature_dropout: float = 0.0

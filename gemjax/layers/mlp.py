@@ -37,7 +37,11 @@ class Mlp(nnx.Module):
     )
 
   def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
+    return self.layers[-1](self.hidden(x_BI, key_B))
+
+  def hidden(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
+    """What the last layer reads: x itself where no layer is hidden."""
     h = x_BI
     for i, layer in enumerate(self.layers[:-1]):
       h = dropout(jax.nn.relu(layer(h)), self.dropout, fold(key_B, i))
-    return self.layers[-1](h)
+    return h

@@ -15,7 +15,7 @@ interactions and sequences run side by side:
   S_sum   = [cross(X_sum, S) | cross(candidate, S) | PMA(S) | newest tokens], gated if asked for,
             over all branches S_{i+1}; first 0
 
-  ŷ = MLP([X_0 | X_{l+1} | S_sum])         of the example's domain, behind the domain's own norm
+  ŷ       = MLP([X_0 | X_{l+1} | S_sum])   bent to the example's domain (DomainHeads)
 
 Pyramid: every history is read by branches of several strides side by side. The branch of stride 1
 has all events, which attend inside blocks of 64: O(T). A branch of stride s has the means of s
@@ -32,7 +32,7 @@ to layer (GEM's post).
 | X_sum, S_sum, personalised W                                                  | InterFormer |
 | interest as a unit of X_0: not normalised, it tells how much, not only what   | DIN, ours   |
 | several domains over one trunk                                                | GEM         |
-| a norm and heads of a domain's own                                            | ours        |
+| heads of all domains, which each bends to its own                             | STAR, ours  |
 | layers in one scan: compile time independent of l                             | ours        |
 
 Letters: B examples, N units, M summary units, D width, E tokens, L memories, K units of one.

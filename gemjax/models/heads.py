@@ -1,6 +1,6 @@
-"""Task heads: one MLP a task on a shared trunk, of all examples or of each domain its own.
+"""Task heads: one MLP a task on a shared trunk, the same for all examples or bent by domains.
 
-Letters: B examples, I inputs, T tasks, K domains.
+Letters: B examples, I inputs, H inputs of the last layer, T tasks, K domains.
 """
 
 from __future__ import annotations
@@ -33,16 +33,27 @@ class Heads(nnx.Module):
     self.heads = nnx.List([make() for _ in range(tasks)])
 
   def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
-    logits = [head(x_BI, fold(key_B, t)) for t, head in enumerate(self.heads)]
-    return jnp.concatenate(logits, 1)
+    return self.logits(self.hidden(x_BI, key_B))
+
+  def hidden(self, x_BI: jax.Array, key_B: Key = None) -> list[jax.Array]:
+    """(B, H) of each task: what its last layer reads."""
+    return [head.hidden(x_BI, fold(key_B, t)) for t, head in enumerate(self.heads)]
+
+  def logits(self, hidden: list[jax.Array]) -> jax.Array:
+    """logits_BT of `hidden`."""
+    return jnp.concatenate([head.layers[-1](h_BH) for head, h_BH in zip(self.heads, hidden)], 1)
 
 
 class DomainHeads(nnx.Module):
-  """Heads of each domain, behind the domain's own gain and bias: Heads_k(x * (1 + a_k) + b_k).
+  """Heads that every domain bends to its own: ŷ_t = (w_t + w_kt) · h_t + c_t + c_kt, with
+  h_t = hidden_t(x * (1 + a_k) + b_k) for an example of domain k.
 
-  A domain's parameters learn from its own examples alone, so that those of a value which training
-  never saw stay as they were born. All domains' heads are computed and one is taken, so that their
-  cost grows with the domains. With no domains it is `Heads`.
+  w_k, c_k, a_k and b_k are born at zero and learn from the domain's examples alone: a domain that
+  training never saw has the heads of all. Cost does not grow with the domains. With none it is
+  `Heads`.
+
+  After STAR (Sheng et al. 2021, arXiv 2101.11427): its partitioned norm and shared weights; there
+  every domain multiplies all weights by its own, here it changes inputs and the last layer.
   """
 
   def __init__(
@@ -55,20 +66,25 @@ class DomainHeads(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
   ):
-    make = lambda: Heads(inputs, hidden, tasks, dropout, dtype, rngs)
-    self.heads = nnx.List([make() for _ in range(max(1, domains))])
-    zeros = lambda: nnx.Param(jnp.zeros((domains, inputs)), axes=KERNEL)
-    self.gain_KI = zeros() if domains else None
-    self.bias_KI = zeros() if domains else None
+    self.heads = Heads(inputs, hidden, tasks, dropout, dtype, rngs)
+    zeros = lambda width: nnx.Param(jnp.zeros((domains, width)), axes=KERNEL)
+    last = hidden[-1] if hidden else inputs
+    self.gain_KI = zeros(inputs) if domains else None
+    self.shift_KI = zeros(inputs) if domains else None
+    self.weights_KH = nnx.List([zeros(last) for _ in range(tasks)] if domains else [])
+    self.bias_KT = zeros(tasks) if domains else None
     self.domains, self.dtype = domains, dtype
 
   def __call__(
     self, x_BI: jax.Array, domain_B: jax.Array | None = None, key_B: Key = None
   ) -> jax.Array:
     if not self.domains:
-      return self.heads[0](x_BI, key_B)
-    one_hot_BK = jax.nn.one_hot(domain_B, self.domains, dtype=self.dtype)
-    own = lambda kernel: contract("bk,ki->bi", one_hot_BK, kernel[...], self.domains, self.dtype)
-    x_BI = x_BI * (1 + own(self.gain_KI)) + own(self.bias_KI)
-    logits_BTK = jnp.stack([heads(x_BI, key_B) for heads in self.heads], 2)
-    return jnp.einsum("btk,bk->bt", logits_BTK, one_hot_BK.astype(jnp.float32))
+      return self.heads(x_BI, key_B)
+    one_hot_BK = jax.nn.one_hot(domain_B, self.domains)
+    own = lambda rows_KX, dtype="float32": contract(
+      "bk,kx->bx", one_hot_BK, rows_KX[...], self.domains, dtype
+    )
+    x_BI = x_BI * (1 + own(self.gain_KI, self.dtype)) + own(self.shift_KI, self.dtype)
+    hidden = self.heads.hidden(x_BI, key_B)
+    bend = [jnp.vecdot(h_BH, own(w_KH)) for h_BH, w_KH in zip(hidden, self.weights_KH)]
+    return self.heads.logits(hidden) + jnp.stack(bend, 1) + own(self.bias_KT)

@@ -228,8 +228,8 @@ def _domain(config: config_lib.Config, features: FeatureSet) -> int | None:
     if feature.name == name:
       if feature.size > MAX_DOMAINS:
         raise config_lib.ConfigError(
-          f"config.model.domain is {name!r} with {feature.size:,} rows, but every row has heads of "
-          f"its own; name a feature of at most {MAX_DOMAINS}"
+          f"config.model.domain is {name!r} with {feature.size:,} rows, but every row bends "
+          f"the heads; name a feature of at most {MAX_DOMAINS}"
         )
       return column
   raise config_lib.ConfigError(

@@ -107,8 +107,20 @@ def oracle(config, w, x, histories, domain_B=None):
     s_sum = said(config, branches, x_sum, w["summary"])
   x, domain, of = np.concatenate([skipped, x, s_sum]).reshape(-1), domain_B, w["heads"]
   if domain is None:
-    return heads(x, of["heads"][0])
-  return heads(x * (1 + of["gain_KI"][domain]) + of["bias_KI"][domain], of["heads"][domain])
+    return heads(x, of["heads"])
+  own = jax.tree.map(lambda rows: rows[domain], {n: of[n] for n in of if n != "heads"})
+  x = x * (1 + own["gain_KI"]) + own["shift_KI"]
+  # Each task's last layer is that of all domains plus the domain's own.
+  tasks = {}
+  for t, task in of["heads"]["heads"].items():
+    layers = dict(task["layers"])
+    last = layers[len(layers) - 1]
+    layers[len(layers) - 1] = {
+      "kernel": last["kernel"] + own["weights_KH"][t][:, None],
+      "bias": last["bias"] + own["bias_KT"][t],
+    }
+    tasks[t] = {"layers": layers}
+  return heads(x, {"heads": tasks})
 
 
 def case(config, histories):
@@ -133,9 +145,10 @@ def test_a_domain_learns_from_its_own_examples(whole):
     own = whole.more["domain_B"] == domain
     params, _, _ = whole.gradients(np.tile(own[:, None], T).astype(np.float32))
     of = params["heads"]
+    assert all(g.any() for g in jax.tree.leaves(of.pop("heads")))
+    assert len(jax.tree.leaves(of)) == 3 + T
     for k in range(DOMAINS):
-      every = [*jax.tree.leaves(of["heads"][k]), of["gain_KI"][k], of["bias_KI"][k]]
-      assert all(g.any() == (k == domain) for g in every)
+      assert all(g[k].any() == (k == domain) for g in jax.tree.leaves(of))
 
 
 @pytest.fixture
@@ -171,7 +184,7 @@ SWITCHES = {  # What is switched, and which parameters go with it.
     {"strides": (), "interest": 0},
     r"events\.|interests\.|layers\.(branches|summary)\.",
   ),
-  "domain": ({"domain": ""}, r"heads\.(gain_KI|bias_KI|heads\.[12]\.)"),
+  "domain": ({"domain": ""}, r"heads\.(gain_KI|shift_KI|weights_KH|bias_KT)"),
 }
 LATE = r"(units|summary)\."  # Where nothing was exchanged, the head asks the branches.
 
