@@ -1,5 +1,5 @@
-"""GEM on a simulated ads log: no files needed. Two histories (clicks and views), two domains with
-heads of their own, two tasks.
+"""GEM on a simulated ads log: no files needed. Two histories (clicks and views), two domains, two
+tasks.
 
 python launch/train.py --config=configs/gem_demo.py --workdir=runs/gem_demo
 """

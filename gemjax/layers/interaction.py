@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 
 from gemjax.layers.dropout import Key, fold
@@ -69,14 +69,34 @@ def map_units(x_BDN: jax.Array, kernel_NL: jax.Array, units: int, dtype: str) ->
   """(B, D, L): every example's X W, W whole or this device's rows of it (`contract`)."""
   if kernel_NL.shape[0] != units:
     return contract("bdn,nl->bdl", x_BDN, kernel_NL, units, dtype)
-  # W's gradient is a small matrix, a sum over B D: in groups side by side, one W each, XLA neither
-  # writes X transposed nor leaves cores idle. Repeated before the cast, so that groups add up in
-  # float32.
-  groups, width = math.gcd(len(x_BDN), GROUPS), x_BDN.shape[1]
-  x_GRN = rearrange(x_BDN.astype(dtype), "(g b) d n -> g (b d) n", g=groups)
-  kernel_GNL = repeat(kernel_NL, "n l -> g n l", g=groups).astype(dtype)
-  y_GRL = jnp.einsum("grn,gnl->grl", x_GRN, kernel_GNL)
-  return rearrange(y_GRL, "g (b d) l -> (g b) d l", d=width)
+  return _map_whole(x_BDN.astype(dtype), kernel_NL)
+
+
+# W's gradient is a small matrix, a sum over B D: in groups side by side XLA neither writes X
+# transposed nor leaves cores idle.
+@jax.custom_vjp
+def _map_whole(x_BDN, kernel_NL):
+  return jnp.einsum("bdn,nl->bdl", x_BDN, kernel_NL.astype(x_BDN.dtype))
+
+
+def _forward(x_BDN, kernel_NL):
+  return _map_whole(x_BDN, kernel_NL), (x_BDN, kernel_NL)
+
+
+def _backward(kept, gradient_BDL):
+  x_BDN, kernel_NL = kept
+  of_x_BDN = jnp.einsum("bdl,nl->bdn", gradient_BDL, kernel_NL.astype(x_BDN.dtype))
+  groups = math.gcd(len(x_BDN), GROUPS)
+  x_GRN, gradient_GRL = (
+    rearrange(a, "(g b) d n -> g (b d) n", g=groups) for a in (x_BDN, gradient_BDL)
+  )
+  of_kernel_GNL = jnp.einsum(
+    "grn,grl->gnl", x_GRN, gradient_GRL, preferred_element_type=kernel_NL.dtype
+  )
+  return of_x_BDN, of_kernel_GNL.sum(0)
+
+
+_map_whole.defvjp(_forward, _backward)
 
 
 def pairwise_dots(x_BND: jax.Array) -> jax.Array:

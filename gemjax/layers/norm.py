@@ -36,8 +36,8 @@ def _normalise(axis, dtype, x, scale, bias):
 def _forward(axis, dtype, x, scale, bias):
   wide = x.astype(jnp.float32)
   mean = wide.mean(axis, keepdims=True)
-  variance = jnp.maximum(jnp.square(wide).mean(axis, keepdims=True) - jnp.square(mean), 0)
-  inverse = jax.lax.rsqrt(variance + EPS)
+  # Not mean(x^2) - mean^2, of which nothing is left where x is large and nearly constant.
+  inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis, keepdims=True) + EPS)
   y = (wide - mean) * inverse * _along(axis, scale, x) + _along(axis, bias, x)
   return y.astype(dtype), (x, mean, inverse, scale)
 

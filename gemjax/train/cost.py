@@ -29,7 +29,8 @@ def example_cost(config: config_lib.Config, lengths: Mapping[str, np.ndarray]) -
 
       layers (24 d^2 + 4 d v) L + 4 d queries L      over all branches of all histories
 
-  with 12 d^2 weights in a layer's projections and feed-forward part, and v = min(L, block, window).
+  and 8 d interest L of GEM's interest, with 12 d^2 weights in a layer's projections and feed-
+  forward part, and v = min(L, block, window).
   A model without attention reads each event once.
 
   Args:
@@ -38,7 +39,7 @@ def example_cost(config: config_lib.Config, lengths: Mapping[str, np.ndarray]) -
   """
   d, cost_B = config.embedding.dim, 0.0
   for length_B in lengths.values():
-    cost_B = cost_B + length_B
+    cost_B = cost_B + length_B * (1 + 8 * d * getattr(config.model, "interest", 0))
     for reader in _readers(config.model):
       tokens_B, keys_B = _seen(reader, length_B)
       a_layer_B = (24 * d * d + 4 * d * keys_B) * tokens_B

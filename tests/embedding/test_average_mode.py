@@ -13,10 +13,11 @@ from examples import KINDS, LAYOUT, B
 from gemjax.embedding import stack as stack_lib
 
 MESHES = {(8, 1): ("rowwise", "sgd"), (4, 2): ("adagrad", "half"), (2, 3): ("rowwise", "adam")}
+PARAMS = [pytest.param(m, marks=pytest.mark.slow) if m == (4, 2) else m for m in MESHES]
 SQUARED = ("rowwise", "adagrad", "half")  # Whose sum of squares is corrected.
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
+@pytest.fixture(scope="module", params=PARAMS, ids=lambda m: f"{m[0]}x{m[1]}")
 def run(request):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(stack_lib, "CHUNK", 500)  # So that averaging goes over tables in several parts.

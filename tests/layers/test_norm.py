@@ -51,4 +51,14 @@ def test_moments_are_float32_where_the_layer_computes_in_bfloat16():
 def test_a_constant_is_mapped_to_the_bias():
   layer = ours(-1)
   found = layer(jnp.full((3, 6), 7.0))
-  np.testing.assert_allclose(found, np.tile(layer.bias[...], (3, 1)), atol=2e-2)
+  np.testing.assert_allclose(found, np.tile(layer.bias[...], (3, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", [1e2, 1e4])
+def test_a_large_mean_costs_no_more_than_the_rounding_of_x(mean):
+  layer = ours(-1)
+  x = (mean + X / 3).astype(np.float32)
+  wide = x.astype(np.float64)
+  normal = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+  expected = normal * np.asarray(layer.scale[...]) + np.asarray(layer.bias[...])
+  np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-6 * mean)

@@ -27,6 +27,7 @@ FAST = {
 }
 # Rank 5 and 7 hidden units divide by no mesh: those kernels stay whole.
 WUKONG = {"layers": 3, "fmb_units": 4, "lcb_units": 4, "rank": 5, "mlp": (24, 7), "head": (16,)}
+SLOW = ("basic", "attentive", "dcnv2", "mlp")  # More of a kind: marked.
 MODELS = {
   "basic": c.Wukong(fm="basic", **WUKONG, **RATES),
   "optimised": c.Wukong(fm="optimised", **WUKONG, **RATES),
@@ -116,7 +117,7 @@ def assert_close(got, expected, tolerance):
 
 @pytest.mark.parametrize(
   "name",
-  [pytest.param(n, marks=pytest.mark.slow) if n in ("basic", "attentive") else n for n in MODELS],
+  [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MODELS],
 )
 def test_every_mesh_gives_the_logits_and_gradients_of_one_device(every_kernel, name):
   graph, abstract, params, inputs = build(MODELS[name])

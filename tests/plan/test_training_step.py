@@ -102,8 +102,9 @@ def test_ids_of_the_upcoming_batch_travel_behind_the_matrix_products_of_this_one
 
 @pytest.mark.parametrize(
   "topology, mesh",
-  [("h100:16x8", "2x64"), pytest.param("h100:32x8", None, marks=pytest.mark.slow)],
+  [("h100:16x8", "2x64"), ("h100:32x8", None)],
 )
+@pytest.mark.slow
 def test_the_papers_wukong_fits(tmp_path, topology, mesh):
   file = tmp_path / "plan.json"
   flags = [f"--topology={topology}", f"--json={file}", *([f"--mesh={mesh}"] if mesh else [])]

@@ -14,7 +14,7 @@ from gemjax.train.state import make_trainer
 
 B, STEPS, EVENTS = 64, 50, 64
 SLOW = pytest.mark.slow
-MESHES = [(8, 1), (2, 4), pytest.param((4, 2), marks=SLOW), pytest.param((1, 8), marks=SLOW)]
+MESHES = [(2, 4), *(pytest.param(mesh, marks=SLOW) for mesh in ((8, 1), (4, 2), (1, 8)))]
 FEATURES = FeatureSet(
   dense=(Dense(name="price"),),
   sparse=(

@@ -46,6 +46,8 @@ def test_light_variants_are_valid_and_keep_the_shape(name):
     a, b = getattr(full.model, field.name), getattr(light.model, field.name)
     if field.name in ("mlp", "head"):
       assert b == tuple(width // 4 for width in a)
+    elif field.name == "interest":
+      assert b == a // 4
     elif isinstance(a, c.Attention):
       assert dataclasses.replace(b, heads=a.heads) == a and b.heads == max(1, a.heads // 4)
     else:
