@@ -5,6 +5,8 @@
     --config.data.path=RAW_OR_PREPARED --config.train.seed=1
 """
 
+import time
+
 import cli
 from absl import flags
 from ml_collections import config_flags
@@ -19,12 +21,13 @@ def main():
   config = cli.experiment(_CONFIG)
   if not _WORKDIR.value:
     raise WorkdirError("--workdir is missing; name the folder of this run")
+  start = time.perf_counter()
   from gemjax.parallel.process import join_processes
 
   join_processes()
   from gemjax.train.loop import train  # Seconds of imports, which wrong flags need not wait for.
 
-  train(config, _WORKDIR.value)
+  train(config, _WORKDIR.value, imports=time.perf_counter() - start)
 
 
 if __name__ == "__main__":

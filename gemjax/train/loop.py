@@ -16,7 +16,6 @@ from gemjax import metrics
 from gemjax.checkpoint import Checkpoints
 from gemjax.data.pipeline import evaluation_batches, train_batches
 from gemjax.data.prepared import PreparedData
-from gemjax.features import Batch
 from gemjax.parallel.arrays import first_process_first, of_all_processes
 from gemjax.train import summary as summary_lib
 from gemjax.train.cost import example_cost
@@ -37,8 +36,12 @@ class NonFiniteError(RuntimeError):
   """Training met a value that is not finite."""
 
 
-def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
+def train(
+  config: config_lib.Config, workdir: pathlib.Path, *, imports: float | None = None
+) -> dict[str, Any]:
   """Trains to the end and returns the summary; the same call resumes what was interrupted.
+
+  `imports` are the seconds that a binary took until it could call, a phase of its start-up.
 
   Raises:
     ConfigError, PreparedDataError, WorkdirError: before any work.
@@ -48,6 +51,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   """
   config.validate()
   phases = Phases()
+  if imports is not None:
+    phases.add("imports", imports)
   first = jax.process_index() == 0
   with Termination() as termination, Workdir(workdir, first=first) as folder:
     with phases("data"):
@@ -120,7 +125,9 @@ class _Run:
     train, done = self.config.train, int(state.step)
     reports: list[Report] = []
     self.progress.begin(done)
-    plans = self.programs.plan(self._first_batch())
+    with self.phases("first batch"):
+      first = self.feed.upcoming
+    plans = self.programs.plan(first)
     start = self._clock()
     while done < self.steps and not self.best.stopped(train.patience):
       batch = self.feed.advance()
@@ -159,10 +166,6 @@ class _Run:
   def _clock(self) -> float:
     """Seconds that stand still while a program is compiled."""
     return time.perf_counter() - self.programs.compile_seconds
-
-  def _first_batch(self) -> Batch:
-    with self.phases("first batch"):
-      return self.feed.upcoming
 
   def _due(self, every: int, done: int) -> bool:
     """Whether a multiple of `every` was reached since the last step at which the state was one."""
@@ -226,12 +229,7 @@ class _Run:
     if self.best.step in (done, None):
       self.valid = results
     if self.best.stopped(self.config.train.patience):
-      was = "it was never defined"  # One class only.
-      if self.best.value is not None:
-        was = f"best {self.best.value:.5f} at step {self.best.step:,}"
-      self.progress.say(
-        f"early stop: {self.best.metric} did not improve in {self.best.since} evaluations; {was}"
-      )
+      self.progress.say(f"early stop: {self.best.verdict()}")
     return state._replace(sums=self.programs.no_sums())
 
   def _results(self, state: TrainState, split: str) -> dict[str, dict[str, Any]]:

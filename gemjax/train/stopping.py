@@ -29,6 +29,13 @@ class BestSoFar:
     """Whether `patience` evaluations, if that is not 0, brought nothing better."""
     return 0 < patience <= self.since
 
+  def verdict(self) -> str:
+    """What the evaluations since the best have shown."""
+    was = "it was never defined"  # One class only.
+    if self.value is not None:
+      was = f"best {self.value:.5f} at step {self.step:,}"
+    return f"{self.metric} did not improve in {self.since} evaluations; {was}"
+
   def _improves(self, value: float) -> bool:
     if not math.isfinite(value):
       return False

@@ -56,6 +56,7 @@ def assert_same_end(workdir: pathlib.Path, unbroken: pathlib.Path) -> None:
       assert found[name].dtype == wanted[name].dtype, name
       assert found[name].tobytes() == wanted[name].tobytes(), f"{name} at step {step}"
   found, wanted = (json.loads((w / SUMMARY).read_text()) for w in (workdir, unbroken))
+  assert found["start_up_seconds"]["imports"] > 0
   for summary in (found, wanted):
     del summary["start_up_seconds"], summary["train"]["seconds"]
     del summary["train"]["examples_per_second"]
