@@ -173,11 +173,10 @@ class _Run:
 
   def _stop_requested(self, done: int) -> bool:
     """Whether SIGTERM came to any process; several agree on it as often as they log."""
-    requested = self.termination.requested
     if jax.process_count() == 1:
-      return requested
-    log = self._due(self.config.train.log_every, done)
-    return log and bool(of_all_processes(np.array([requested])).any())
+      return self.termination.requested
+    agree = self._due(self.config.train.log_every, done)
+    return agree and bool(of_all_processes(np.array([self.termination.requested])).any())
 
   def _log(self, state: TrainState, done: int, reports: list[Report]) -> None:
     reports = jax.device_get(reports)  # Waits for the device.
@@ -219,13 +218,11 @@ class _Run:
 
   def _evaluate(self, state: TrainState, done: int) -> TrainState:
     """Measures on valid, remembers the best, and begins a new window of training metrics."""
-    first = next(iter(self._train_metrics(state).values()))
-    self.train_loss = first["loss"]
+    self.train_loss = next(iter(self._train_metrics(state).values()))["loss"]
     results = self._results(state, "valid")
     pace = done * self.config.data.batch_size / max(self.seconds, 1e-9)
     self.progress.evaluated(done, "valid", results, pace)
-    value = next(iter(results.values()))[self.best.metric]
-    self.best.update(done, value)
+    self.best.update(done, next(iter(results.values()))[self.best.metric])
     if self.best.step in (done, None):
       self.valid = results
     if self.best.stopped(self.config.train.patience):
@@ -277,14 +274,13 @@ class _Run:
     test = self._results(state, "test")
     self.phases.add("compile", self.programs.compile_seconds)
     batch = self.config.data.batch_size
-    seconds = max(self.seconds, 1e-9)
     summary = {
       "name": self.config.name,
       "train": {
         "loss": self.train_loss,
         "steps": done,
         "best_step": self.best.step,
-        "examples_per_second": done * batch / seconds,
+        "examples_per_second": done * batch / max(self.seconds, 1e-9),
         "seconds": self.seconds,
       },
       "valid": summary_lib.split_summary(self.valid),
