@@ -63,7 +63,7 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
   except Terminated as stop:
     _fail(143, str(stop))
   except KeyboardInterrupt:
-    _fail(130, "interrupted; run the same command again to go on")
+    _fail(130, "interrupted; the same command goes on, or begins anew")
   except Exception as error:
     if _is_ours(error):
       _fail(1, _sentence(error))

@@ -23,6 +23,7 @@ def averaged(config):
   return config
 
 
+@pytest.mark.slow
 def test_evaluation_and_checkpoints_wait_for_an_average_and_a_stop_loses_nothing(
   averaged, tmp_path, monkeypatch
 ):
@@ -41,6 +42,7 @@ def test_evaluation_and_checkpoints_wait_for_an_average_and_a_stop_loses_nothing
   assert found["click"]["auc"] == pytest.approx(summary["test"]["auc"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_another_number_of_groups_is_another_algorithm(averaged, tmp_path):
   averaged.train.steps = 5
   train(averaged, tmp_path / "run")

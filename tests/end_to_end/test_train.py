@@ -13,6 +13,7 @@ from gemjax import config as c
 from gemjax.checkpoint import Checkpoints
 from gemjax.data.prepared import PreparedDataError
 from gemjax.train.loop import train
+from gemjax.train.source import open_data
 from gemjax.train.trained import evaluate_run
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY
 
@@ -130,8 +131,9 @@ def test_a_raw_public_set_is_prepared_on_first_use(tmp_path, capsys):
   train(config, tmp_path / "run")
   assert "preparing" not in capsys.readouterr().out
   config.data.path = str(shutil.copytree(raw, tmp_path / "raw"))
-  train(config, tmp_path / "copied")
-  (tmp_path / "raw" / "u.data").touch()
+  open_data(config, tmp_path / "copied")
+  rated = tmp_path / "raw" / "u.data"
+  rated.write_text(rated.read_text().replace("\t3\t", "\t4\t", 1))
   with pytest.raises(PreparedDataError, match=r"made from .*raw, whose files have changed since"):
-    train(config, tmp_path / "copied")
+    open_data(config, tmp_path / "copied")
   shutil.rmtree(tmp_path / "run" / "data")
