@@ -132,8 +132,9 @@ def test_a_raw_public_set_is_prepared_on_first_use(tmp_path, capsys):
   assert "preparing" not in capsys.readouterr().out
   config.data.path = str(shutil.copytree(raw, tmp_path / "raw"))
   open_data(config, tmp_path / "copied")
-  rated = tmp_path / "raw" / "u.data"
-  rated.write_text(rated.read_text().replace("\t3\t", "\t4\t", 1))
+  rated = max((tmp_path / "raw").iterdir(), key=lambda file: file.stat().st_size)
+  rated.chmod(0o644)
+  rated.write_bytes(rated.read_bytes()[:-1] + b"\r")  # As long as before.
   with pytest.raises(PreparedDataError, match=r"made from .*raw, whose files have changed since"):
     open_data(config, tmp_path / "copied")
   shutil.rmtree(tmp_path / "run" / "data")
