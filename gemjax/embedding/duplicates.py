@@ -14,8 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import take_rows
-
 CHUNK = 32  # T of the scan below: log2(T) additions an entry, N / T entries for the next level.
 
 
@@ -72,17 +70,13 @@ def sum_sorted(segments: Segments, grad_NW: jax.Array) -> jax.Array:
 
 
 def sum_in_place(segments: Segments, grad_NW: jax.Array) -> jax.Array:
-  """The first gradient of every run is copied, by all cores, and the others are added to it, by
-  one: XLA's scatter on a CPU knows no second core.
+  """Each gradient is added to its run where it stands in the batch: a copy in another order would
+  make XLA for CPUs do what is left of the gradient anew, float by float, in that order.
   """
-  order_N, segment_N, unique_U = segments
-  N, U = len(order_N), len(unique_U)
-  first_N = jnp.concatenate([jnp.ones((1,), bool), segment_N[1:] != segment_N[:-1]])
-  first_U = jnp.full((U,), N, jnp.int32)
-  first_U = first_U.at[jnp.where(first_N, segment_N, U)].set(order_N, mode="drop")
-  other_N = jnp.full((N,), U, jnp.int32)
-  other_N = other_N.at[order_N].set(jnp.where(first_N, U, segment_N), unique_indices=True)
-  return take_rows(grad_NW, first_U).at[other_N].add(grad_NW, mode="drop")
+  run_N = jnp.zeros_like(segments.segment_N)
+  run_N = run_N.at[segments.order_N].set(segments.segment_N, unique_indices=True)
+  sum_UW = jnp.zeros((len(segments.unique_U), grad_NW.shape[1]), grad_NW.dtype)
+  return sum_UW.at[run_N].add(grad_NW, mode="promise_in_bounds")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

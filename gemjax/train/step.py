@@ -144,7 +144,7 @@ def _device_step(trainer: Trainer, step, params, stacks, plans, batch, upcoming)
   learning_rate = config.embedding.learning_rate * trainer.share(step)
   with jax.named_scope("update"):
     # Written out by rows: read in another order below, a sum still to be done would be done anew
-    # for every float, down the columns of units.
+    # for every float, down the columns of units. (For XLA on CPUs see `sum_in_place`.)
     rows_grad = jax.lax.optimization_barrier(rows_grad)
     stacks = tables.update(stacks, plans, rows_grad, learning_rate, jax.random.fold_in(key, 1))
   finite = {"loss": loss}
