@@ -61,10 +61,10 @@ def entries(trainer: Trainer, names: list[str]) -> list[Entry]:
     theirs = f"wukong_stack.{i}"
     if model.fm == "optimised":
       table.append(same(f"{ours}.fm.y_NK", f"{theirs}.fmb.proj_Y"))
-    table += _norm(f"{ours}.fm_norm", f"{theirs}.fmb.layer_norm")
+    table += norm(f"{ours}.fm_norm", f"{theirs}.fmb.layer_norm")
     table += _mlp(f"{ours}.mlp", f"{theirs}.fmb.mlp.mlp", len(model.mlp), 2 + drop)
     table.append(transposed(f"{ours}.compress.kernel_NL", f"{theirs}.lcb.linear.weight"))
-    table += _norm(f"{ours}.norm", f"{theirs}.layer_norm")
+    table += norm(f"{ours}.norm", f"{theirs}.layer_norm")
     if i == 0 and trainer.abstract().params["model"].get("first"):
       table.append(transposed(f"{ours}.residual.kernel_NL", f"{theirs}.residual_proj.weight"))
       table.append(same(f"{ours}.residual.bias_L", f"{theirs}.residual_proj.bias"))
@@ -146,7 +146,8 @@ def _numeric(config: config_lib.Config, names: list[str]) -> list[Entry]:
   ]
 
 
-def _norm(ours: str, theirs: str) -> list[Entry]:
+def norm(ours: str, theirs: str) -> list[Entry]:
+  """Scale and bias of a layer norm."""
   return [same(f"{ours}.scale", f"{theirs}.weight"), same(f"{ours}.bias", f"{theirs}.bias")]
 
 

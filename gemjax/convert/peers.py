@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemjax.convert import fuxictr
+from gemjax.convert import fuxictr, torcheasyrec, torchrec
 from gemjax.convert.names import Entry, to_ours, to_theirs
 from gemjax.convert.run_folder import Run, check_tensors
 from gemjax.convert.safetensors_file import read_safetensors, write_safetensors
 from gemjax.convert.tensors import ConvertError, Tensors, of_array
+from gemjax.convert.torch_distributed import read_distributed
 from gemjax.convert.torch_file import Tree, read_torch, write_torch
 from gemjax.convert.training_state import settled
 from gemjax.train.state import Trainer
@@ -32,6 +33,8 @@ class Peer(NamedTuple):
 
 PEERS = {
   "fuxictr": Peer(fuxictr.entries, counters=fuxictr.counters, units=fuxictr.EMBEDDINGS),
+  "torcheasyrec": Peer(torcheasyrec.entries),
+  "torchrec": Peer(torchrec.entries, tables=True, tree=torchrec.tree),
 }
 
 
@@ -81,7 +84,9 @@ def write_peer(name: str, path: pathlib.Path, theirs: Tensors) -> None:
 
 
 def read_tensors(path: pathlib.Path) -> Tensors:
-  """Of a file of safetensors or of `torch.save`."""
+  """Of a file of safetensors or of `torch.save`, or a folder of torch.distributed.checkpoint."""
+  if path.is_dir():
+    return read_distributed(path)
   if path.suffix == ".safetensors":
     return read_safetensors(path)[0]
   return read_torch(path)

@@ -52,19 +52,7 @@ def read_torch(path: pathlib.Path) -> Tensors:
   Raises:
     ConvertError: the file is truncated, none of `torch.save`, or holds more than plain tensors.
   """
-  torch = torch_module()
-  from torch._subclasses.fake_tensor import FakeTensorMode
-
-  try:
-    with FakeTensorMode():
-      tree = torch.load(path, weights_only=True, map_location="cpu")
-  except OSError:
-    raise
-  except Exception as error:  # Of the zip reader, the unpickler, and PyTorch's own kinds.
-    raise ConvertError(
-      f"{path} is truncated, or no file of torch.save that holds tensors alone "
-      f"({str(error).splitlines()[0][:160]})"
-    ) from error
+  torch, tree = torch_module(), fake_load(path, path)
   tensors: Tensors = {}
 
   def visit(prefix: str, value: Any) -> None:
@@ -102,12 +90,30 @@ def write_torch(path: pathlib.Path, tree: Tree) -> None:
 
   with skip_data():
     torch.save(empty(tree), path)
-  from torch._subclasses.fake_tensor import FakeTensorMode
-
-  with FakeTensorMode():
-    places = torch.load(path, weights_only=True)
+  places = fake_load(path, path)
   with path.open("r+b") as file:
     fill(file, tree, places)
+
+
+def fake_load(file: Any, path: pathlib.Path) -> Any:
+  """What `torch.load` returns of a file or of its path, its tensors without their bytes.
+
+  Raises:
+    ConvertError: it is truncated, none of `torch.save`, or holds more than plain tensors.
+  """
+  torch = torch_module()
+  from torch._subclasses.fake_tensor import FakeTensorMode
+
+  try:
+    with FakeTensorMode():
+      return torch.load(file, weights_only=True, map_location="cpu")
+  except OSError:
+    raise
+  except Exception as error:  # Of the zip reader, the unpickler, and PyTorch's own kinds.
+    raise ConvertError(
+      f"{path} is truncated, or no file of torch.save that holds tensors alone "
+      f"({str(error).splitlines()[0][:160]})"
+    ) from error
 
 
 def _stored(path: pathlib.Path, name: str, fake: Any) -> Tensor:
