@@ -14,7 +14,7 @@ SIZES = {"user": 90, "item": 70, "seen": 70, "hour": 26}
 DENSE = ("price", "age")
 DIM = 8
 
-WUKONG = {"layers": 3, "fmb_units": 2, "lcb_units": 3, "rank": 2, "mlp": (8,), "head": (8, 6)}
+WUKONG = {"layers": 3, "fmb_units": 2, "lcb_units": 3, "rank": 2, "mlp": (8,), "head": (16, 12)}
 PEERS = {
   "gemjax": (c.Wukong(**WUKONG), {}),
   "fuxictr": (

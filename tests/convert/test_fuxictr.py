@@ -11,7 +11,8 @@ from gemjax.train.loop import train
 from gemjax.train.trained import evaluate_run
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[benchmark]'")
-import fuxictr_wukong  # noqa: E402 - which needs it.
+import fuxictr_wukong  # noqa: E402
+from torch_training import logits_of_test, trained  # noqa: E402
 
 
 def model_of(config, sizes=small.SIZES):
@@ -23,22 +24,6 @@ def model_of(config, sizes=small.SIZES):
     hidden=list(model.mlp), head=list(model.head), batch_norm=model.head_norm == "batch",
     dropout=model.dropout,
   )  # fmt: skip
-
-
-def trained(model, steps=30):
-  torch.manual_seed(0)
-  optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-  cols = small.columns(64 * steps, 7)
-  for i in range(steps):
-    part = slice(64 * i, 64 * (i + 1))
-    dense, ids, label = (torch.from_numpy(cols[n][part]) for n in ("dense", "ids", "label"))
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(
-      model(dense, ids.long()), label[:, 0].float()
-    )
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-  return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +44,7 @@ def test_its_logits_here_and_its_bits_on_the_way_back(data, tmp_path, change):
   file, run, back = tmp_path / "WuKong.model", tmp_path / "run", tmp_path / "back.model"
   torch.save(model.state_dict(), file)
   convert("fuxictr", "gemjax", file, run, config=config, verify=True)
-  cols = small.columns(small.EXAMPLES["test"], 2)
-  with torch.no_grad():
-    want = model(torch.from_numpy(cols["dense"]), torch.from_numpy(cols["ids"]).long()).numpy()
+  want = logits_of_test(model)
   got = logits(run, "test")[:, 0]
   assert np.std(want) > 0.1
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
