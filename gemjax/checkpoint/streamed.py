@@ -20,7 +20,7 @@ from gemjax.checkpoint.checked import CheckedJson, CheckedState, check_digest
 from gemjax.checkpoint.checkpoints import CheckpointError, Checkpoints
 
 # Of what is stored as one piece, which is also what is read or written at a time.
-PIECE_BYTES = 2**24
+PIECE_BYTES = 2**22
 
 
 class Streamed:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-PIECE_BYTES = 2**24  # Of rows that are read at a time.
+PIECE_BYTES = 2**22  # Of rows that are read at a time.
 
 
 class ConvertError(ValueError):

@@ -110,9 +110,9 @@ def fake_load(file: Any, path: pathlib.Path) -> Any:
   except OSError:
     raise
   except Exception as error:  # Of the zip reader, the unpickler, and PyTorch's own kinds.
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
     raise ConvertError(
-      f"{path} is truncated, or no file of torch.save that holds tensors alone "
-      f"({str(error).splitlines()[0][:160]})"
+      f"{path} is truncated, or no file of torch.save that holds tensors alone ({reason})"
     ) from error
 
 

@@ -75,7 +75,13 @@ def tensors_of(trainer: Trainer, read: Callable[..., np.ndarray]) -> Tensors:
 
   Of a stack with several tables all rows are in memory while its tables are read.
   """
-  whole = functools.lru_cache(1)(read)
+  held: dict[str, np.ndarray] = {}
+
+  def whole(leaf: str) -> np.ndarray:
+    if leaf not in held:
+      held.clear()  # Before the next one is read: there is never room for two.
+      held[leaf] = read(leaf)
+    return held[leaf]
 
   def tensor(part: Part) -> Tensor:
     if part.table is not None:

@@ -26,11 +26,6 @@ def model_of(config, sizes=small.SIZES):
   )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  return small.write_data(tmp_path_factory.mktemp("small") / "data")
-
-
 @pytest.mark.parametrize(
   "change",
   [{}, {"head_norm": "none", "layers": 2, "dropout": 0.2}, {"fm": "basic", "lcb_units": 4}],

@@ -14,9 +14,8 @@ from torcheasyrec_wukong import WuKong  # noqa: E402
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("change", [{}, {"lcb_units": 5}], ids=["identity", "map"])
-def test_its_logits_here_and_its_bits_on_the_way_back(tmp_path, change):
+def test_its_logits_here_and_its_bits_on_the_way_back(data, tmp_path, change):
   """Its checkpoints are folders of torch.distributed.checkpoint with "model." in front of names."""
-  data = small.write_data(tmp_path / "data")
   config = config_of("torcheasyrec", data, **change)
   model = config.model
   torch.manual_seed(1)
@@ -33,7 +32,7 @@ def test_its_logits_here_and_its_bits_on_the_way_back(tmp_path, change):
   dcp.save(weights, checkpoint_id=folder, no_dist=True)
   convert("torcheasyrec", "gemjax", folder, run, config=config, verify=True)
   want = logits_of_test(peer)
-  assert np.std(want) > 0.1
+  assert np.std(want) > 0.05
   np.testing.assert_allclose(logits(run, "test")[:, 0], want, rtol=0, atol=1e-5)
   convert("gemjax", "torcheasyrec", run, back, verify=True)
   found = torch.load(back, weights_only=True)
