@@ -20,6 +20,8 @@ from gemjax.convert.run_folder import (
 )
 from gemjax.convert.tensors import ConvertError, Tensors, cast, dtype_of, first_difference
 from gemjax.convert.training_state import fresh, settled
+from gemjax.convert.vocabulary_rows import row_maps
+from gemjax.train.workdir import DATA
 
 GEMJAX, SAFETENSORS = "gemjax", "safetensors"
 FORMATS = (GEMJAX, SAFETENSORS, *PEERS)
@@ -66,7 +68,7 @@ def convert(
     theirs, left = as_peer(target, run)
     fitted = {name: Fitted(tensor, "copied") for name, tensor in theirs.items()}
   else:
-    run, fitted, left = _fitted(run, config if source not in PEERS else None)
+    run, fitted, left = _fitted(run, config if source not in PEERS else None, input)
   if dtype:
     fitted = {name: _cast(f, dtype) for name, f in fitted.items()}
   lines = table(fitted, left)
@@ -99,7 +101,9 @@ def _read(
   return read_peer(source, input, open_run(config))
 
 
-def _fitted(run: Run, config: config_lib.Config | None) -> tuple[Run, dict[str, Fitted], list[str]]:
+def _fitted(
+  run: Run, config: config_lib.Config | None, input: pathlib.Path
+) -> tuple[Run, dict[str, Fitted], list[str]]:
   """(the run that comes out, its tensors, names of those that it has no place for)."""
   new = open_run(config) if config else run
   tensors = run.tensors
@@ -107,7 +111,13 @@ def _fitted(run: Run, config: config_lib.Config | None) -> tuple[Run, dict[str, 
     tensors = settled(run.trainer, tensors)
   wanted = fresh(new.trainer)
   left = [name for name in tensors if name not in wanted]
-  return new._replace(kept=run.kept), fit(tensors, wanted), left
+  rows = {}
+  if config:
+    # The data of a run lie where its config says, or in its folder where it made them.
+    folders = [pathlib.Path(run.trainer.config.data.path), input / DATA]
+    maps = row_maps(run.trainer.features, new.trainer.features, folders, [config.data.path])
+    rows = {n: maps[t] for n in wanted for t in maps if n.startswith(f"tables.{t}.")}
+  return new._replace(kept=run.kept), fit(tensors, wanted, rows), left
 
 
 def _law(run: Run) -> tuple:

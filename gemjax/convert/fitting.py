@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ def fit(
   """Every tensor of `wanted`, with the values of `source` where it has them.
 
   A tensor of equal name and as many axes is copied as far as both reach: what is longer is cut,
-  what is shorter keeps the values of `wanted` beyond. `rows` says for tables which row of the
-  source a row comes from; otherwise it is the one of its number.
+  what is shorter keeps the values of `wanted` beyond. `rows` says for some which row of the
+  source a row comes from, otherwise the one of its number; these sources are read whole.
   """
   found = {}
   for name, fresh in wanted.items():
@@ -51,14 +52,18 @@ def table(fitted: dict[str, Fitted], left: list[str]) -> list[str]:
 def _overlap(old: Tensor, fresh: Tensor, which: RowMap | None) -> Tensor:
   columns = tuple(slice(0, min(a, b)) for a, b in zip(old.shape[1:], fresh.shape[1:]))
 
+  whole = functools.cache(old.whole)  # Of a vocabulary's rows any may be asked for.
+
   def read(start: int, stop: int) -> np.ndarray:
     array = np.array(fresh.read(start, stop))
-    at = np.arange(start, stop) if which is None else which(start, stop)
-    known = np.flatnonzero((at >= 0) & (at < old.shape[0]))
-    if len(known):
-      first = int(at[known].min())
-      rows = old.read(first, int(at[known].max()) + 1)[at[known] - first]
-      array[(known, *columns)] = rows[(slice(None), *columns)].astype(array.dtype)
+    if which is None:
+      known = slice(0, max(0, min(stop, old.shape[0]) - start))
+      rows = old.read(start, start + known.stop)
+    else:
+      at = which(start, stop)
+      known = np.flatnonzero(at >= 0)
+      rows = whole()[at[known]]
+    array[(known, *columns)] = rows[(slice(None), *columns)].astype(array.dtype)
     return array
 
   return Tensor(fresh.shape, fresh.dtype, read)

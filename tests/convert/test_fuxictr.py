@@ -26,10 +26,16 @@ def model_of(config, sizes=small.SIZES):
   )  # fmt: skip
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
   "change",
-  [{}, {"head_norm": "none", "layers": 2, "dropout": 0.2}, {"fm": "basic", "lcb_units": 4}],
-  ids=["batch_norm", "dropout", "basic"],
+  [
+    pytest.param({}, id="batch_norm"),
+    pytest.param({"head_norm": "none", "layers": 2, "dropout": 0.2}, id="dropout", marks=SLOW),
+    pytest.param({"fm": "basic", "lcb_units": 4}, id="basic", marks=SLOW),
+  ],
 )
 def test_its_logits_here_and_its_bits_on_the_way_back(data, tmp_path, change):
   """With 4 + 2 units the first layer needs no map in its residual."""

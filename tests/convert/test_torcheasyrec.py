@@ -13,7 +13,13 @@ from torcheasyrec_wukong import WuKong  # noqa: E402
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
-@pytest.mark.parametrize("change", [{}, {"lcb_units": 5}], ids=["identity", "map"])
+@pytest.mark.parametrize(
+  "change",
+  [
+    pytest.param({}, id="identity", marks=pytest.mark.slow),
+    pytest.param({"lcb_units": 5}, id="map"),
+  ],
+)
 def test_its_logits_here_and_its_bits_on_the_way_back(data, tmp_path, change):
   """Its checkpoints are folders of torch.distributed.checkpoint with "model." in front of names."""
   config = config_of("torcheasyrec", data, **change)
