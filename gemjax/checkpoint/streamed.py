@@ -11,13 +11,12 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from gemjax.checkpoint.checked import CheckedJson, CheckedState, check_digest
-from gemjax.checkpoint.checkpoints import CheckpointError, Checkpoints
+from gemjax.checkpoint.checkpoints import CheckpointError, Checkpoints, saved_in_pieces
 
 # Of what is stored as one piece, which is also what is read or written at a time.
 PIECE_BYTES = 2**22
@@ -98,14 +97,11 @@ def write_streamed(directory: pathlib.Path, step: int, state: Any, notes: dict[s
   options = ocp.CheckpointManagerOptions(
     step_format_fixed_length=9, enable_async_checkpointing=False, create=True
   )
-  pieces = jax.tree.map(
-    lambda x: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES if x.shape else None), state
-  )
-  state = ocp.args.StandardSave(state, save_args=pieces)
   directory = pathlib.Path(directory).absolute()
   manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
   try:
-    args = ocp.args.Composite(state=state, notes=ocp.args.JsonSave(notes))
+    pieces = saved_in_pieces(state, PIECE_BYTES)
+    args = ocp.args.Composite(state=pieces, notes=ocp.args.JsonSave(notes))
     manager.save(step, args=args, force=True)
   except ValueError as error:  # How TensorStore reports the operating system's errors.
     raise OSError(f"writing {directory} failed ({str(error).splitlines()[0][:200]})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator
 
 from gemjax import config as config_lib
@@ -152,12 +153,22 @@ def _verified(wanted: Tensors, found: Tensors, output: pathlib.Path) -> str:
 def _whole(output: pathlib.Path) -> Iterator[pathlib.Path]:
   """Where to write: it becomes `output` at the end, or vanishes where the body raises."""
   partial = output.with_name(f"{output.stem}.partial{output.suffix}")
+  _remove(partial)  # Of a conversion that was killed.
   try:
     if not output.parent.is_dir():
       raise ConvertError(f"--output={output} lies in no folder; make the folder first")
     yield partial
     partial.rename(output)
-  finally:
-    if partial.is_dir():
-      shutil.rmtree(partial)
-    partial.unlink(missing_ok=True)
+  except BaseException:
+    # Threads of Orbax live on a little when a save has failed, and may write until then.
+    for _ in range(10):
+      _remove(partial)
+      time.sleep(0.05)
+    raise
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir():
+    shutil.rmtree(path, ignore_errors=True)
+    return
+  path.unlink(missing_ok=True)

@@ -107,8 +107,6 @@ def fake_load(file: Any, path: pathlib.Path) -> Any:
   try:
     with FakeTensorMode():
       return torch.load(file, weights_only=True, map_location="cpu")
-  except OSError:
-    raise
   except Exception as error:  # Of the zip reader, the unpickler, and PyTorch's own kinds.
     reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
     raise ConvertError(

@@ -124,6 +124,27 @@ def test_a_dry_run_writes_nothing(trained_run, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_leaves_nothing(trained_run, tmp_path):
+  """Writing a file, and writing a run, of which TensorStore writes a part; then both work."""
+  import resource
+
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  file, run = tmp_path / "x.safetensors", tmp_path / "run"
+  (tmp_path / "x.partial.safetensors").write_text("of a conversion that was killed")
+  for source, target, input, output in (
+    ("gemjax", "safetensors", trained_run, file),
+    ("safetensors", "gemjax", file, run),
+  ):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+      with pytest.raises(OSError):
+        convert(source, target, input, output)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(tmp_path.iterdir()) == ([file] if source == "safetensors" else [])
+    convert(source, target, input, output, verify=True)
+
+
 def command(tmp_path, *flags):
   return subprocess.run(
     [sys.executable, ROOT / "launch" / "convert_checkpoint.py", *flags], cwd=tmp_path, text=True,
