@@ -21,6 +21,9 @@ from orbax.checkpoint import checkpoint_managers
 
 from gemjax.checkpoint.checked import CheckedJson, CheckedState, CorruptError
 
+# An array is stored in pieces of at most so much, so that a reader need not hold all of it twice.
+PIECE_BYTES = 2**25
+
 TEMPORARY = ".orbax-checkpoint-tmp"  # In the name of a folder that is being written.
 
 
@@ -94,7 +97,7 @@ class Checkpoints:
     """
     self._best.step = best
     try:
-      args = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+      args = ocp.args.Composite(state=saved_in_pieces(state), notes=ocp.args.JsonSave(notes))
       self._manager.save(step, args=args, force=True)
     except Exception as error:
       raise self._failed(f"saving step {step}", error) from error
@@ -165,6 +168,12 @@ class Checkpoints:
       f"{what} to {self._directory} failed ({_brief(error)}); {left}; free the disk, then the same "
       "command goes on from there"
     )
+
+
+def saved_in_pieces(state: Any, piece_bytes: int = PIECE_BYTES) -> ocp.args.StandardSave:
+  """How Orbax is asked to store a tree of arrays, none of them empty."""
+  pieces = lambda x: ocp.SaveArgs(chunk_byte_size=piece_bytes if x.shape else None)
+  return ocp.args.StandardSave(state, save_args=jax.tree.map(pieces, state))
 
 
 def _brief(error: Exception) -> str:

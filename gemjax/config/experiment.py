@@ -42,6 +42,7 @@ class Embedding:
   small_group: int = 8  # Small features whose rows are concatenated into one MLP.
   dense_mlp: tuple[int, ...] = (64,)  # Hidden widths from the dense features to their units.
   dense_units: int = 1
+  dense_relu: bool = False  # A ReLU on those units.
   init_scale: float = 0.01  # Rows are born N(0, init_scale^2).
   dtype: str = "float32"  # float32 | bfloat16, the latter with stochastic rounding.
   optimizer: str = "rowwise_adagrad"  # rowwise_adagrad | adagrad | sgd | lazy_adam

@@ -28,6 +28,11 @@ class Wukong:
   fm: str = "optimised"  # basic | optimised | attentive
   mlp: tuple[int, ...] = (256,)
   head: tuple[int, ...] = (128,)
+  # How open implementations differ from the paper, so that their weights can be read.
+  fmb_relu: bool = False  # A ReLU on the output of FMB.
+  residual_bias: bool = False
+  head_norm: str = "none"  # none | batch: batch norm with frozen statistics in the head.
+  norm_eps: float = 1e-6  # Of every norm; PyTorch has 1e-5.
   dropout: float = 0.0  # Of hidden activations.
   feature_dropout: float = 0.0  # Of whole units of the input.
 
@@ -97,6 +102,10 @@ def validate_model(model: Any, dim: int, prefix: str = "model") -> None:
       need(real(value) and value < 1, name, value, "in [0, 1)")
     elif field.name == "fm":
       one_of(value, name, "basic", "optimised", "attentive")
+    elif field.name == "head_norm":
+      one_of(value, name, "none", "batch")
+    elif field.name == "norm_eps":
+      need(real(value) and value > 0, name, value, "a finite number above 0")
     elif field.name == "gating":
       one_of(value, name, "sigmoid", "tanh", "identity", *(["none"] * isinstance(model, Gem)))
     elif field.name in _OPTIONAL:

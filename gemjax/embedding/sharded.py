@@ -67,7 +67,12 @@ class ShardedTables:
   def init(self, key: jax.Array) -> Stacks:
     """The stacks before the first step; the same rows on every mesh."""
     keys = self._keys(key)
-    return {s.name: self._rule(s).init(keys[s.name], self._held(s)) for s in self.layout.stacks}
+    return {s.name: self.rule(s).init(keys[s.name], self._held(s)) for s in self.layout.stacks}
+
+  def born(self, key: jax.Array, s: StackLayout, row_N: jax.Array) -> jax.Array:
+    """(N, W) float32: whole rows of a stack as `init` draws them with the same key."""
+    held = Held.whole(s.rows, s.width)
+    return self.rule(s).born(self._keys(key)[s.name], held, row_N)
 
   def plan(self, batch: Batch) -> Plans:
     """Finds duplicates and exchanges ids."""
@@ -76,7 +81,7 @@ class ShardedTables:
   def lookup(self, stacks: Stacks, plans: Plans) -> dict[str, jax.Array]:
     """Stack name -> (M, W) float32 rows, in the order of `positions`."""
     return self._each(
-      lambda s, stack, plan: self._placed(s).lookup(self._rule(s), stack, plan), stacks, plans
+      lambda s, stack, plan: self._placed(s).lookup(self.rule(s), stack, plan), stacks, plans
     )
 
   def update(
@@ -100,7 +105,7 @@ class ShardedTables:
 
     def update(s: StackLayout, stack, plan, grad_MW):
       grad_MW = grad_MW * self.data if self.averaged else grad_MW
-      rule, placed = self._rule(s), self._placed(s)
+      rule, placed = self.rule(s), self._placed(s)
       return placed.update(rule, stack, plan, grad_MW, learning_rate, keys[s.name])
 
     return self._each(update, stacks, plans, grads)
@@ -109,7 +114,7 @@ class ShardedTables:
     """Makes the copies of the groups equal again: `average` mode, every `average_every` steps."""
     keys = self._keys(key)
     return self._each(
-      lambda s, stack: self._rule(s).average(stack, DATA, keys[s.name], self._held(s)), stacks
+      lambda s, stack: self.rule(s).average(stack, DATA, keys[s.name], self._held(s)), stacks
     )
 
   def rounds(self, plans: Plans) -> jax.Array:
@@ -152,7 +157,7 @@ class ShardedTables:
 
   def _shapes(self, s: StackLayout, rows: int) -> Stack:
     """Of the first rows."""
-    rule, held = self._rule(s), Held.whole(rows, s.width)
+    rule, held = self.rule(s), Held.whole(rows, s.width)
     return jax.eval_shape(lambda: rule.init(jax.random.key(0), held))
 
   def _spec(self, s: StackLayout) -> Stack:
@@ -173,7 +178,8 @@ class ShardedTables:
   def _exchanged(self, s: StackLayout) -> bool:
     return s.placement == "row" and self.model > 1
 
-  def _rule(self, s: StackLayout) -> StackRule:
+  def rule(self, s: StackLayout) -> StackRule:
+    """How the stack is born, read and updated."""
     split = s.placement == "column" and self.model > 1
     optimizer = ROW_OPTIMIZERS[self.config.optimizer](
       self.config.eps,

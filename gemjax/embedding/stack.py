@@ -89,9 +89,7 @@ class StackRule:
 
     def fill(i, rows_RW):
       start = jnp.minimum(i * chunk, held.rows - chunk)
-      keys = _row_keys(key, held, start + jnp.arange(chunk))
-      new_CW = jax.vmap(lambda k: jax.random.normal(k, (held.all_columns,)))(keys)
-      new_CW = self.init_scale * _own_columns(new_CW, held)
+      new_CW = self.born(key, held, start + jnp.arange(chunk))
       return jax.lax.dynamic_update_slice(rows_RW, new_CW.astype(rows_RW.dtype), (start, 0))
 
     empty = jnp.zeros((held.rows, held.width), self.dtype)
@@ -101,6 +99,12 @@ class StackRule:
       marks_R=jnp.zeros((held.rows,)) if self.shrinks else None,
       clock=jnp.zeros((2,)) if self.shrinks else None,
     )
+
+  def born(self, key: jax.Array, held: Held, row_N: jax.Array) -> jax.Array:
+    """(N, W) float32: the rows that `init` gives."""
+    keys = _row_keys(key, held, row_N)
+    new_NW = jax.vmap(lambda k: jax.random.normal(k, (held.all_columns,)))(keys)
+    return self.init_scale * _own_columns(new_NW, held)
 
   def read(self, stack: Stack, row_M: jax.Array) -> jax.Array:
     """(M, W): the rows as a dense optimiser would have them now; zeros for row R.

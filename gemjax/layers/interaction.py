@@ -21,14 +21,19 @@ GROUPS = 16  # Of examples, in which gradients of a map over units are summed.
 
 
 class UnitLinear(nnx.Module):
-  """Linear Compress Block and linear residual: X -> W X, W in R^{L x N}; (B, D, N) -> (B, D, L)."""
+  """Linear Compress Block and linear residual: X -> W X, W in R^{L x N}; (B, D, N) -> (B, D, L).
 
-  def __init__(self, units: int, outputs: int, *, dtype: str, rngs: nnx.Rngs):
+  With a bias every output unit has one number more, the same in all of its D places; born at 0.
+  """
+
+  def __init__(self, units: int, outputs: int, *, dtype: str, rngs: nnx.Rngs, bias: bool = False):
     self.kernel_NL = nnx.Param(kernel_init(rngs.params(), (units, outputs)), axes=KERNEL)
+    self.bias_L = nnx.Param(jnp.zeros((outputs,)), axes=("fan_out",)) if bias else None
     self.units, self.dtype = units, dtype
 
   def __call__(self, x_BDN: jax.Array) -> jax.Array:
-    return map_units(x_BDN, self.kernel_NL[...], self.units, self.dtype)
+    y_BDL = map_units(x_BDN, self.kernel_NL[...], self.units, self.dtype)
+    return y_BDL if self.bias_L is None else y_BDL + self.bias_L[...].astype(self.dtype)
 
 
 class FactorizationMachine(nnx.Module):

@@ -1,8 +1,9 @@
-"""A multi-layer perceptron: ReLU after every hidden layer, none after the last."""
+"""A multi-layer perceptron: ReLU after every hidden layer."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -13,7 +14,7 @@ from gemjax.layers.linear import Linear
 
 class Mlp(nnx.Module):
   """x_BI -> x_BO: h <- dropout(relu(h W_i + b_i)) for the hidden widths, then h W + b, the last
-  one computed in `last_dtype` where given.
+  one computed in `last_dtype` where given. `norm` lies between a hidden layer's map and its ReLU.
 
   Kernels are born with variance 1 / fan-in (LeCun), biases at zero.
   """
@@ -28,6 +29,7 @@ class Mlp(nnx.Module):
     rngs: nnx.Rngs,
     dropout: float = 0.0,
     last_dtype: str | None = None,
+    norm: Callable[[int], nnx.Module] | None = None,
   ):
     widths = (inputs, *hidden, outputs)
     dtypes = [dtype] * len(hidden) + [last_dtype or dtype]
@@ -35,6 +37,7 @@ class Mlp(nnx.Module):
     self.layers = nnx.List(
       [Linear(i, o, dtype=t, rngs=rngs) for (i, o), t in zip(itertools.pairwise(widths), dtypes)]
     )
+    self.norms = nnx.List([norm(width) for width in hidden] if norm else [])
 
   def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
     return self.layers[-1](self.hidden(x_BI, key_B))
@@ -43,5 +46,6 @@ class Mlp(nnx.Module):
     """What the last layer reads: x itself where no layer is hidden."""
     h = x_BI
     for i, layer in enumerate(self.layers[:-1]):
-      h = dropout(jax.nn.relu(layer(h)), self.dropout, fold(key_B, i))
+      h = self.norms[i](layer(h)) if self.norms else layer(h)
+      h = dropout(jax.nn.relu(h), self.dropout, fold(key_B, i))
     return h

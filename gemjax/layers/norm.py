@@ -1,4 +1,4 @@
-"""Layer norm along any axis, with a backward pass that keeps only what it needs."""
+"""Layer norm along any axis, its backward pass keeping only what it needs; frozen batch norm."""
 
 from __future__ import annotations
 
@@ -12,37 +12,57 @@ EPS = 1e-6
 
 
 class LayerNorm(nnx.Module):
-  """(x - mean) / sqrt(var + 1e-6) * scale + bias along `axis`; moments in float32, born as 1 and 0.
+  """(x - mean) / sqrt(var + eps) * scale + bias along `axis`; moments in float32, born as 1 and 0.
 
   Source: Ba et al. 2016, arXiv 1607.06450.
   """
 
-  def __init__(self, width: int, dtype: str, rngs: nnx.Rngs, axis: int = -1):
+  def __init__(self, width: int, dtype: str, rngs: nnx.Rngs, axis: int = -1, eps: float = EPS):
     rngs.params(), rngs.params()  # As nnx.LayerNorm: weights drawn later keep their values.
     self.scale = nnx.Param(jnp.ones((width,)), axes=("width",))
     self.bias = nnx.Param(jnp.zeros((width,)), axes=("width",))
-    self.dtype, self.axis = dtype, axis
+    self.dtype, self.axis, self.eps = dtype, axis, eps
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return _normalise(self.axis, self.dtype, x, self.scale[...], self.bias[...])
+    return _normalise(self.axis, self.dtype, self.eps, x, self.scale[...], self.bias[...])
+
+
+class FrozenBatchNorm(nnx.Module):
+  """(x - mean) / sqrt(variance + eps) * scale + bias, (B, W), of statistics that never change.
+
+  Mean and variance come from a checkpoint in which batch norm was trained, and get no gradient;
+  born as 0 and 1. Examples do not see each other, so that every mesh computes the same.
+
+  Source: batch norm at inference (Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 2).
+  """
+
+  def __init__(self, width: int, dtype: str, eps: float = EPS):
+    born = lambda value: nnx.Param(jnp.full((width,), value), axes=("width",))
+    self.scale, self.bias, self.mean, self.variance = born(1.0), born(0.0), born(0.0), born(1.0)
+    self.dtype, self.eps = dtype, eps
+
+  def __call__(self, x_BW: jax.Array) -> jax.Array:
+    mean_W, variance_W = jax.lax.stop_gradient((self.mean[...], self.variance[...]))
+    gain_W = jax.lax.rsqrt(variance_W + self.eps) * self.scale[...]
+    return ((x_BW.astype(jnp.float32) - mean_W) * gain_W + self.bias[...]).astype(self.dtype)
 
 
 # As JAX differentiates the formula, XLA writes 1 / sqrt(var) * scale out in the shape of x.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalise(axis, dtype, x, scale, bias):
-  return _forward(axis, dtype, x, scale, bias)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalise(axis, dtype, eps, x, scale, bias):
+  return _forward(axis, dtype, eps, x, scale, bias)[0]
 
 
-def _forward(axis, dtype, x, scale, bias):
+def _forward(axis, dtype, eps, x, scale, bias):
   wide = x.astype(jnp.float32)
   mean = wide.mean(axis, keepdims=True)
   # Not mean(x^2) - mean^2, of which nothing is left where x is large and nearly constant.
-  inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis, keepdims=True) + EPS)
+  inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis, keepdims=True) + eps)
   y = (wide - mean) * inverse * _along(axis, scale, x) + _along(axis, bias, x)
   return y.astype(dtype), (x, mean, inverse, scale)
 
 
-def _backward(axis, dtype, kept, gradient):
+def _backward(axis, dtype, eps, kept, gradient):
   """dx = (g - mean(g) - n mean(g n)) / sqrt(var + eps), g = dy * scale, n the normalised x."""
   x, mean, inverse, scale = kept
   normal = (x.astype(jnp.float32) - mean) * inverse

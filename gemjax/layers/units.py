@@ -28,6 +28,7 @@ class UnitInput(nnx.Module):
     dense: int,
     dense_mlp: tuple[int, ...],
     dense_units: int,
+    dense_relu: bool,
     small: int,
     small_dim: int,
     small_group: int,
@@ -36,6 +37,7 @@ class UnitInput(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.dim, self.dtype, self.feature_dropout = dim, dtype, feature_dropout
+    self.dense_relu = dense_relu
     make = lambda inputs, hidden, out: Mlp(inputs, hidden, out * dim, dtype=dtype, rngs=rngs)
     self.units = units + (dense_units if dense else 0)
     self.dense = make(dense, dense_mlp, dense_units) if dense else None
@@ -54,6 +56,7 @@ class UnitInput(nnx.Module):
     parts = [units_BND.astype(self.dtype)]
     if self.dense is not None:
       dense = self.dense(dense_BF.astype(self.dtype))
+      dense = jax.nn.relu(dense) if self.dense_relu else dense
       parts.insert(0, rearrange(dense, "b (n d) -> b n d", d=self.dim))
     for (start, end), mlp in zip(self.groups, self.small):
       group = rearrange(small_BSW[:, start:end].astype(self.dtype), "b s w -> b (s w)")

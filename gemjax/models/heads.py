@@ -5,6 +5,8 @@ Letters: B examples, I inputs, H inputs of the last layer, T tasks, K domains.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,10 +27,18 @@ class Heads(nnx.Module):
     dropout: float,
     dtype: str,
     rngs: nnx.Rngs,
+    norm: Callable[[int], nnx.Module] | None = None,
   ):
     # Logits of eight bits would tie examples that a ranker must tell apart.
     make = lambda: Mlp(
-      inputs, hidden, 1, dtype=dtype, rngs=rngs, dropout=dropout, last_dtype="float32"
+      inputs,
+      hidden,
+      1,
+      dtype=dtype,
+      rngs=rngs,
+      dropout=dropout,
+      last_dtype="float32",
+      norm=norm,
     )
     self.heads = nnx.List([make() for _ in range(tasks)])
 

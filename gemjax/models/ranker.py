@@ -90,6 +90,7 @@ class Ranker(nnx.Module):
       # A linear model stays linear in its dense features.
       dense_mlp=() if isinstance(config.model, LINEAR) else emb.dense_mlp,
       dense_units=emb.dense_units,
+      dense_relu=emb.dense_relu,
       small=small,
       small_dim=emb.small_dim,
       small_group=emb.small_group,

@@ -18,6 +18,8 @@
 | dropout after each hidden layer, feature dropout on X0   | ours  |
 | layers 2..l in one scan: compile time independent of l   | ours  |
 
+What open implementations do otherwise is off unless the config asks for it: a ReLU on the output
+of FMB, a bias in R, batch norm in the head, another epsilon in the norms.
 Inside, units lie last (gemjax/layers/interaction.py).
 Letters: B examples, D width of a unit, N units, T tasks.
 """
@@ -33,7 +35,7 @@ from gemjax import config as config_lib
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.interaction import FactorizationMachine, UnitLinear
 from gemjax.layers.mlp import Mlp
-from gemjax.layers.norm import LayerNorm
+from gemjax.layers.norm import EPS, FrozenBatchNorm, LayerNorm
 from gemjax.models.heads import Heads
 
 # Parameters of the scanned layers have an axis more.
@@ -45,8 +47,10 @@ class WukongLayer(nnx.Module):
 
   def __init__(self, config: config_lib.Wukong, units: int, dim: int, dtype: str, rngs: nnx.Rngs):
     outputs = config.fmb_units + config.lcb_units
+    # GEM, whose layers these are, too, has the paper's form alone.
+    eps = getattr(config, "norm_eps", EPS)
     self.fm = FactorizationMachine(config.fm, units, dim, config.rank, dtype=dtype, rngs=rngs)
-    self.fm_norm = LayerNorm(self.fm.outputs, dtype, rngs)
+    self.fm_norm = LayerNorm(self.fm.outputs, dtype, rngs, eps=eps)
     self.mlp = Mlp(
       self.fm.outputs,
       config.mlp,
@@ -56,14 +60,16 @@ class WukongLayer(nnx.Module):
       dropout=config.dropout,
     )
     self.compress = UnitLinear(units, config.lcb_units, dtype=dtype, rngs=rngs)
-    same = units == outputs
-    self.residual = None if same else UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
-    self.norm = LayerNorm(dim, dtype, rngs, axis=1)
-    self.dim = dim
+    bias = getattr(config, "residual_bias", False)
+    mapped = lambda: UnitLinear(units, outputs, dtype=dtype, rngs=rngs, bias=bias)
+    self.residual = None if units == outputs else mapped()
+    self.norm = LayerNorm(dim, dtype, rngs, axis=1, eps=eps)
+    self.dim, self.relu = dim, getattr(config, "fmb_relu", False)
 
   def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
     flat = self.mlp(self.fm_norm(self.fm(x_BDN, fold(key_B, 0))), fold(key_B, 1))
     fmb = rearrange(flat, "b (n d) -> b d n", d=self.dim)
+    fmb = jax.nn.relu(fmb) if self.relu else fmb
     residual = x_BDN if self.residual is None else self.residual(x_BDN)
     return self.norm(jnp.concatenate([fmb, self.compress(x_BDN)], 2) + residual)
 
@@ -90,7 +96,16 @@ class Wukong(nnx.Module):
       nnx.vmap(lambda rngs: make(outputs, rngs), transform_metadata=STACKED)
     )
     self.layers = stack(rngs) if self.depth else None
-    self.heads = Heads(outputs * dim, config.head, tasks, config.dropout, dtype, rngs)
+    norm = lambda width: FrozenBatchNorm(width, dtype, config.norm_eps)
+    self.heads = Heads(
+      outputs * dim,
+      config.head,
+      tasks,
+      config.dropout,
+      dtype,
+      rngs,
+      norm if config.head_norm == "batch" else None,
+    )
 
   def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
     x_BDN = rearrange(x_BND, "b n d -> b d n")

@@ -150,7 +150,6 @@ def state_bytes(config: config_lib.Config, features: FeatureSet) -> int:
 
 def init_state(trainer: Trainer) -> TrainState:
   """The state before the first step; equal on every mesh."""
-  seed = trainer.config.train.seed
   model = _ranker(trainer.config, trainer.features, trainer.tables.layout)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   tables = jax.shard_map(
@@ -164,10 +163,15 @@ def init_state(trainer: Trainer) -> TrainState:
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=trainer.optimizer.init(params),
-    stacks=tables(jax.random.fold_in(jax.random.key(seed), 1)),
+    stacks=tables(table_key(trainer)),
     sums=metrics.zeros(len(trainer.features.tasks)),
     bad_step={part: jnp.full((), NEVER, jnp.int32) for part in trainer.specs.bad_step},
   )
+
+
+def table_key(trainer: Trainer) -> jax.Array:
+  """Of what the rows of tables are born with."""
+  return jax.random.fold_in(jax.random.key(trainer.config.train.seed), 1)
 
 
 def parts(params: dict[str, Any], layout: TableLayout) -> list[str]:

@@ -28,15 +28,18 @@ def x_of(units, seed=1):
   return np.random.default_rng(seed).normal(size=(B, units, D)).astype(np.float32)
 
 
-def layer_norm(x, p):
+def layer_norm(x, p, config):
   mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-  return (x - mean) / np.sqrt(var + 1e-6) * p["scale"] + p["bias"]
+  return (x - mean) / np.sqrt(var + config.norm_eps) * p["scale"] + p["bias"]
 
 
-def mlp(x, p):
+def mlp(x, p, eps=None):
   layers = [p["layers"][i] for i in range(len(p["layers"]))]
-  for layer in layers[:-1]:
-    x = np.maximum(x @ layer["kernel"] + layer["bias"], 0)
+  for i, layer in enumerate(layers[:-1]):
+    x = x @ layer["kernel"] + layer["bias"]
+    if (norm := p.get("norms", {}).get(i)) and eps:
+      x = (x - norm["mean"]) / np.sqrt(norm["variance"] + eps) * norm["scale"] + norm["bias"]
+    x = np.maximum(x, 0)
   return x @ layers[-1]["kernel"] + layers[-1]["bias"]
 
 
@@ -50,10 +53,13 @@ def wukong_layer(x, p, config):
   else:
     compressed = p["fm"]["compress"]["kernel_NL"].T @ x
     fm = x @ (x.T @ mlp(compressed.reshape(-1), p["fm"]["mlp"]).reshape(n, config.rank))
-  fmb = mlp(layer_norm(fm.reshape(-1), p["fm_norm"]), p["mlp"]).reshape(config.fmb_units, D)
+  fmb = mlp(layer_norm(fm.reshape(-1), p["fm_norm"], config), p["mlp"])
+  fmb = (np.maximum(fmb, 0) if config.fmb_relu else fmb).reshape(config.fmb_units, D)
   lcb = p["compress"]["kernel_NL"].T @ x
   residual = p["residual"]["kernel_NL"].T @ x if p.get("residual") else x
-  return layer_norm(np.concatenate([fmb, lcb]) + residual, p["norm"])
+  if p.get("residual") and config.residual_bias:
+    residual = residual + p["residual"]["bias_L"][:, None]
+  return layer_norm(np.concatenate([fmb, lcb]) + residual, p["norm"], config)
 
 
 def oracle(x_BND, params, config):
@@ -66,7 +72,8 @@ def oracle(x_BND, params, config):
     for i in range(depth):
       x = wukong_layer(x, jax.tree.map(lambda p, i=i: p[i], params["layers"]), config)
     heads = params["heads"]["heads"]
-    logits.append([mlp(x.reshape(-1), heads[t])[0] for t in range(T)])
+    eps = config.norm_eps if config.head_norm == "batch" else None
+    logits.append([mlp(x.reshape(-1), heads[t], eps)[0] for t in range(T)])
   return np.array(logits)
 
 
@@ -78,6 +85,34 @@ def test_logits_equal_the_equations(fm, layers, units):
   x = x_of(units)
   got = nnx.merge(graph, params)(jnp.asarray(x))
   np.testing.assert_allclose(got, oracle(x, params, config), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+  "option",
+  [{"fmb_relu": True}, {"residual_bias": True}, {"head_norm": "batch"}, {"norm_eps": 0.5}],
+)
+def test_what_other_implementations_do_otherwise(option):
+  """Each changes the logits as the equations with it say."""
+  plain = WukongConfig(layers=3, fmb_units=2, lcb_units=3, rank=3, mlp=(7,), head=(6, 4))
+  config = dataclasses.replace(plain, **option)
+  graph, params = build(config, 6)
+  x = x_of(6)
+  want = oracle(x, params, config)
+  np.testing.assert_allclose(nnx.merge(graph, params)(jnp.asarray(x)), want, rtol=2e-4, atol=2e-4)
+  # LN takes a bias away again, which is the same in all places of a unit.
+  seen = not config.residual_bias
+  assert (np.abs(want - oracle(x, params, plain)).max() > 1e-2) == seen
+
+
+def test_batch_norm_keeps_its_statistics():
+  """They get no gradient; scale and bias, and all in front of them, do."""
+  config = WukongConfig(layers=1, fmb_units=2, lcb_units=2, rank=2, head=(6,), head_norm="batch")
+  graph, params = build(config, 4)
+  grads = jax.grad(lambda p: nnx.merge(graph, p)(jnp.asarray(x_of(4))).sum())(params)
+  norm = grads["heads"]["heads"][0]["norms"][0]
+  assert not norm["mean"].any() and not norm["variance"].any()
+  assert norm["scale"].any() and norm["bias"].any()
+  assert grads["heads"]["heads"][0]["layers"][0]["kernel"].any()
 
 
 def test_fmb_is_not_cut_by_a_relu():
