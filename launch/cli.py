@@ -1,7 +1,9 @@
 """What every binary does around its `main`: one sentence for an error, an exit code for all."""
 
+import os
 import pathlib
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -9,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gemjax.config import Config, ConfigError
+from gemjax.parallel.peers import FAILED
 from gemjax.parallel.process import set_up_process
 from gemjax.train.termination import Terminated
 
@@ -67,6 +70,9 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
   except Exception as error:
     if _is_ours(error):
       _fail(1, _sentence(error))
+    if FAILED.is_set():
+      traceback.print_exc()
+      _end(1)
     raise
 
 
@@ -89,4 +95,11 @@ def _sentence(error: Exception) -> str:
 
 def _fail(code: int, message: str) -> None:
   print(f"error: {message}", file=sys.stderr, flush=True)
+  _end(code)
+
+
+def _end(code: int) -> None:
+  if FAILED.is_set():
+    sys.stdout.flush()
+    os._exit(code)
   sys.exit(code)
