@@ -16,10 +16,13 @@ from gemjax.parallel.process import set_up_process
 from gemjax.train.termination import Terminated
 
 
-def run(main: Callable[[], int | None], *, accelerated: bool = True) -> None:
+def run(
+  main: Callable[..., int | None], *, accelerated: bool = True, takes_command: bool = False
+) -> None:
   """Parses the flags and calls `main`; errors that a user can mend leave no traceback.
 
-  `accelerated` is for binaries that compute with JAX, on a GPU where there is one.
+  `accelerated` is for binaries that compute with JAX, on a GPU where there is one;
+  with `takes_command`, `main` is given what stands behind `--`.
 
   Exit codes: 0 done, 1 an error in one sentence, 2 wrong flags, 130 Ctrl-C, 143 SIGTERM.
   """
@@ -29,7 +32,7 @@ def run(main: Callable[[], int | None], *, accelerated: bool = True) -> None:
   sys.unraisablehook = _unraisable
   # What a failed save of Orbax leaves behind; its error is ours to tell.
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+  app.run(lambda argv: _guarded(main, argv, takes_command), flags_parser=_parse)
 
 
 def experiment(holder: flags.FlagHolder) -> Config:
@@ -58,11 +61,11 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(2, f"wrong flags{config}: {kind}{_sentence(error)}; {mend}")
 
 
-def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
-  if argv[1:]:
+def _guarded(main: Callable[..., int | None], argv: list[str], takes_command: bool) -> int | None:
+  if argv[1:] and not takes_command:
     _fail(2, f"arguments must be flags, but got {argv[1:]}; write --name=value")
   try:
-    return main()
+    return main(argv[1:]) if takes_command else main()
   except Terminated as stop:
     _fail(143, str(stop))
   except KeyboardInterrupt:
@@ -79,7 +82,7 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
 def _is_ours(error: Exception) -> bool:
   """An error raised by this project, or by the operating system about a user's file."""
   return isinstance(error, OSError) or type(error).__module__.startswith(
-    ("gemjax", "pallas_kernels")
+    ("gemjax", "pallas_kernels", "jobs")
   )
 
 
