@@ -11,7 +11,6 @@ import shlex
 from absl import flags
 from jobs import presets
 
-
 _NAME = flags.DEFINE_string("name", "gemjax", "Name of the job.")
 _NODES = flags.DEFINE_integer("nodes", 1, "Hosts.", lower_bound=1)
 _GPUS = flags.DEFINE_integer("gpus", 8, "GPUs a host; 0: the CPUs.", lower_bound=0)

@@ -14,6 +14,7 @@ import os
 from typing import NamedTuple
 
 _TIPS = "https://docs.jax.dev/en/latest/gpu_performance_tips.html"
+_TOOLBOX = "https://github.com/NVIDIA/JAX-Toolbox/blob/main/rosetta/docs/GPU_performance.md"
 _NCCL = "https://docs.nvidia.com/deeplearning/nccl/user-guide/docs"
 
 
@@ -37,13 +38,13 @@ _OVERLAP = (
     "--xla_gpu_enable_pipelined_all_gather",
     "true",
     "gathers the kernels of the next layer in this turn of the scan over layers",
-    _TIPS,
+    _TOOLBOX,
   ),
   Setting(
     "--xla_gpu_enable_pipelined_reduce_scatter",
     "true",
     "scatters a layer's gradients in the turn of the next layer",
-    _TIPS,
+    _TOOLBOX,
   ),
 )
 PRESETS: dict[str, tuple[Setting, ...]] = {
