@@ -107,6 +107,7 @@ def test_processes_that_are_missing(data, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(data, cache, tmp_path):
   workdir = tmp_path / "run"
   command = [
