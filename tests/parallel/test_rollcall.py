@@ -197,39 +197,39 @@ def test_a_failure_is_told_with_its_reason(start, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_silence_stops_all_others(start, rank):
-  members = [start(i, 2, stall=3) for i in range(2)]
+  members = [start(i, 2, stall=8) for i in range(2)]
   joined(*members)
   members[rank].send_signal(signal.SIGSTOP)
   error = error_of(members[1 - rank])
-  assert f"error: rank {rank}" in error and "has been silent for 3 s" in error
+  assert f"error: rank {rank}" in error and "has been silent for 8 s" in error
 
 
 def test_the_one_that_is_behind_is_named(start):
-  members = [start(i, 3, stall=3) for i in range(3)]
+  members = [start(i, 3, stall=8) for i in range(3)]
   joined(*members)
   for i, member in enumerate(members):
     say(member, "one", "two", *([] if i == 1 else ["three", "four"]))
   for member in members:
     error = error_of(member)
     assert "error: rank 1" in error, error
-    assert "stalled for 3 s in phase 'two' while others wait in 'four'" in error
+    assert "stalled for 8 s in phase 'two' while others wait in 'four'" in error
 
 
 def test_nobody_is_behind(start):
-  members = [start(i, 2, stall=3) for i in range(2)]
+  members = [start(i, 2, stall=8) for i in range(2)]
   joined(*members)
   for member in members:
     say(member, "one")
   for member in members:
-    assert "error: every process stalled for 3 s in phase 'one'" in error_of(member)
+    assert "error: every process stalled for 8 s in phase 'one'" in error_of(member)
 
 
 def test_whoever_waits_for_an_endless_phase_does_not_stall(start):
-  members = [start(i, 2, stall=2) for i in range(2)]
+  members = [start(i, 2, stall=8) for i in range(2)]
   joined(*members)
   say(members[0], "endless")
   say(members[1], "endless", "next")
-  time.sleep(5)
+  time.sleep(12)
   say(members[0], "next", "end")
   say(members[1], "end")
   assert [error_of(member, 0) for member in members] == ["", ""]
