@@ -1,7 +1,9 @@
 """What every binary does around its `main`: one sentence for an error, an exit code for all."""
 
+import os
 import pathlib
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -9,14 +11,18 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gemjax.config import Config, ConfigError
+from gemjax.parallel.peers import FAILED
 from gemjax.parallel.process import set_up_process
 from gemjax.train.termination import Terminated
 
 
-def run(main: Callable[[], int | None], *, accelerated: bool = True) -> None:
+def run(
+  main: Callable[..., int | None], *, accelerated: bool = True, takes_command: bool = False
+) -> None:
   """Parses the flags and calls `main`; errors that a user can mend leave no traceback.
 
-  `accelerated` is for binaries that compute with JAX, on a GPU where there is one.
+  `accelerated` is for binaries that compute with JAX, on a GPU where there is one;
+  with `takes_command`, `main` is given what stands behind `--`.
 
   Exit codes: 0 done, 1 an error in one sentence, 2 wrong flags, 130 Ctrl-C, 143 SIGTERM.
   """
@@ -26,7 +32,7 @@ def run(main: Callable[[], int | None], *, accelerated: bool = True) -> None:
   sys.unraisablehook = _unraisable
   # What a failed save of Orbax leaves behind; its error is ours to tell.
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+  app.run(lambda argv: _guarded(main, argv, takes_command), flags_parser=_parse)
 
 
 def experiment(holder: flags.FlagHolder) -> Config:
@@ -55,11 +61,11 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(2, f"wrong flags{config}: {kind}{_sentence(error)}; {mend}")
 
 
-def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
-  if argv[1:]:
+def _guarded(main: Callable[..., int | None], argv: list[str], takes_command: bool) -> int | None:
+  if argv[1:] and not takes_command:
     _fail(2, f"arguments must be flags, but got {argv[1:]}; write --name=value")
   try:
-    return main()
+    return main(argv[1:]) if takes_command else main()
   except Terminated as stop:
     _fail(143, str(stop))
   except KeyboardInterrupt:
@@ -67,13 +73,16 @@ def _guarded(main: Callable[[], int | None], argv: list[str]) -> int | None:
   except Exception as error:
     if _is_ours(error):
       _fail(1, _sentence(error))
+    if FAILED.is_set():
+      traceback.print_exc()
+      _end(1)
     raise
 
 
 def _is_ours(error: Exception) -> bool:
   """An error raised by this project, or by the operating system about a user's file."""
   return isinstance(error, OSError) or type(error).__module__.startswith(
-    ("gemjax", "pallas_kernels")
+    ("gemjax", "pallas_kernels", "jobs")
   )
 
 
@@ -89,4 +98,11 @@ def _sentence(error: Exception) -> str:
 
 def _fail(code: int, message: str) -> None:
   print(f"error: {message}", file=sys.stderr, flush=True)
+  _end(code)
+
+
+def _end(code: int) -> None:
+  if FAILED.is_set():
+    sys.stdout.flush()
+    os._exit(code)
   sys.exit(code)

@@ -26,13 +26,13 @@ def main():
     raise WorkdirError(f"--json={_JSON.value} lies in no folder; make the folder first")
   from gemjax.parallel.process import join_processes
 
-  first = join_processes() == 0
-  from gemjax.train.trained import evaluate_run  # Seconds of imports.
+  with join_processes() as peers:
+    from gemjax.train.trained import evaluate_run  # Seconds of imports.
 
-  found = evaluate_run(
-    pathlib.Path(_WORKDIR.value), _SPLIT.value, step=_CHECKPOINT.value, data=_DATA.value
-  )
-  if not first:
+    found = evaluate_run(
+      pathlib.Path(_WORKDIR.value), _SPLIT.value, step=_CHECKPOINT.value, data=_DATA.value
+    )
+  if peers.index:
     return
   examples = found.data.split(_SPLIT.value).examples
   print(f"{found.name}: step {found.step:,} on {examples:,} examples of {found.data.path}\n")

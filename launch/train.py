@@ -13,6 +13,12 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, summary.json.")
+_JOIN_SECONDS = flags.DEFINE_float(
+  "join_seconds", 300, "How long to wait for the other processes of the run.", lower_bound=1
+)
+_STALL_SECONDS = flags.DEFINE_float(
+  "stall_seconds", 600, "How long a process may stay in one phase before all stop.", lower_bound=1
+)
 
 
 def main():
@@ -24,10 +30,16 @@ def main():
   start = time.perf_counter()
   from gemjax.parallel.process import join_processes
 
-  join_processes()
-  from gemjax.train.loop import train  # Seconds of imports, which wrong flags need not wait for.
+  with join_processes(
+    join_seconds=_JOIN_SECONDS.value, stall_seconds=_STALL_SECONDS.value
+  ) as peers:
+    # Seconds of imports, which wrong flags need not wait for.
+    from gemjax.train.loop import train
+    from gemjax.train.progress import Phases
 
-  train(config, _WORKDIR.value, imports=time.perf_counter() - start)
+    phases = Phases(peers)
+    phases.add("imports", time.perf_counter() - start)
+    train(config, _WORKDIR.value, phases)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import ctypes
 import importlib.util
 import os
 import platform
+import socket
 import sys
 import types
 
-
-class ProcessError(RuntimeError):
-  """A process that cannot find the others of its run."""
+from gemjax.parallel.peers import Peers
+from gemjax.parallel.place import Place, ProcessError, resolve
+from gemjax.parallel.rollcall import Roll, answer_roll
 
 
 def set_up_process() -> None:
@@ -33,34 +34,67 @@ def set_up_process() -> None:
   _keep_freed_memory()
 
 
-def join_processes() -> int:
-  """Joins the processes of a run that spans several, each started with the same command; this
-  one's number, 0 where it is alone.
+def join_processes(*, join_seconds: float = 300.0, stall_seconds: float = 600.0) -> Peers:
+  """Joins the processes of a run that spans several, each started with the same command.
 
-    JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=P JAX_PROCESS_ID=0..P-1
+  Who they are is read from the environment, see gemjax/parallel/place.py.
+
+  Args:
+    join_seconds: How long to wait for all of them.
+    stall_seconds: How long one may stay in a phase before all stop.
 
   Raises:
-    ProcessError: some of the three are set and others not, or they are no numbers.
+    ProcessError: the environment contradicts itself, or some process did not come, with its name.
   """
-  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-  given = {name: os.environ[name] for name in names if name in os.environ}
-  if not given:
-    return 0
-  address, count, index = (given.get(name, "") for name in names)
-  if len(given) < len(names) or not (count.isdigit() and index.isdigit()):
-    raise ProcessError(f"a run of several processes needs all of {', '.join(names)}; got {given}")
-  if int(index) >= int(count):
-    raise ProcessError(f"JAX_PROCESS_ID is {index}, but must be below JAX_NUM_PROCESSES, {count}")
-  host, _, port = address.rpartition(":")
-  if not host or not port.isdigit():
-    raise ProcessError(f"JAX_COORDINATOR_ADDRESS is {address!r}, but must be HOST:PORT")
+  place = resolve(os.environ)
+  if place.count == 1:
+    return Peers()
+  host, first = socket.gethostname(), place.address.rpartition(":")[0]
+  print(
+    f"{place.name(place.index, host)} of {place.count} by {place.source}: the first is at "
+    f"{place.address}; {_devices(place)}",
+    flush=True,
+  )
+  if place.index == 0:
+    roll = Roll(place)
+    roll.call(join_seconds)
+    port = _free_port()
+    roll.tell(port=port)
+    connections, hosts = roll.came, roll.hosts
+  else:
+    connection, port = answer_roll(place, join_seconds)
+    connections, hosts = {0: connection}, {0: first, place.index: host}
+  peers = Peers(place, connections, hosts, stall_seconds=stall_seconds)
   import jax
 
   try:
-    jax.distributed.initialize(address, int(count), int(index))
+    jax.distributed.initialize(
+      f"{first}:{port}",
+      place.count,
+      place.index,
+      local_device_ids=place.devices,
+      # Slurm found by JAX itself would give a process the GPU of its local number, come what may.
+      cluster_detection_method="deactivate",
+    )
   except Exception as error:
-    raise ProcessError(f"process {index} of {count} cannot join at {address}: {error}") from error
-  return int(index)
+    raise ProcessError(f"JAX cannot join at port {port} of {place.address}: {error}") from error
+  return peers
+
+
+def _devices(place: Place) -> str:
+  """Which devices a process will have, before JAX is asked, which starts them."""
+  visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+  if os.environ.get("JAX_PLATFORMS") == "cpu":
+    return "on the CPU"
+  if place.devices is not None:
+    return f"GPUs number {', '.join(map(str, place.devices))} of CUDA_VISIBLE_DEVICES={visible}"
+  return f"all GPUs of CUDA_VISIBLE_DEVICES={visible}" if visible else "all devices of the host"
+
+
+def _free_port() -> int:
+  with socket.socket() as found:
+    found.bind(("", 0))
+    return found.getsockname()[1]
 
 
 def _has_driver() -> bool:

@@ -37,11 +37,11 @@ class NonFiniteError(RuntimeError):
 
 
 def train(
-  config: config_lib.Config, workdir: pathlib.Path, *, imports: float | None = None
+  config: config_lib.Config, workdir: pathlib.Path, phases: Phases | None = None
 ) -> dict[str, Any]:
   """Trains to the end and returns the summary; the same call resumes what was interrupted.
 
-  `imports` are the seconds that a binary took until it could call, a phase of its start-up.
+  `phases` has what came before, as seconds of imports, and knows the other processes of the run.
 
   Raises:
     ConfigError, PreparedDataError, WorkdirError: before any work.
@@ -50,12 +50,9 @@ def train(
     Terminated: SIGTERM came; a checkpoint of the last step is saved.
   """
   config.validate()
-  phases = Phases()
-  if imports is not None:
-    phases.add("imports", imports)
-  first = jax.process_index() == 0
-  with Termination() as termination, Workdir(workdir, first=first) as folder:
-    with phases("data"):
+  phases = phases or Phases()
+  with Termination() as termination, Workdir(workdir, first=not jax.process_index()) as folder:
+    with phases("data", endless=True):  # A raw set of terabytes may have to be prepared.
       data = first_process_first("data", open_data, config, folder.path)
       for split in ("train", "valid", "test"):
         data.split(split)
@@ -79,7 +76,7 @@ class _Run:
     self.eval_interval = interval if config.train.eval_every else self.steps
     self.mesh, lines = open_mesh(config, data.features)
     self.config, self.data, self.folder, self.phases = config, data, folder, phases
-    self.termination = termination
+    self.termination, self.peers = termination, phases.peers
     self.trainer = make_trainer(config, data.features, self.steps, self.mesh)
     # Where groups update tables of their own, steps at which nothing else may look at them.
     self.apart = config.embedding.average_every if self.trainer.tables.averaged else 1
@@ -130,8 +127,10 @@ class _Run:
     plans = self.programs.plan(first)
     start = self._clock()
     while done < self.steps and not self.best.stopped(train.patience):
-      batch = self.feed.advance()
-      state, plans, report = self.programs.step(state, plans, batch, self.feed.upcoming)
+      self.peers.phase(f"batch behind step {done + 1:,}")
+      batch, upcoming = self.feed.advance(), self.feed.upcoming
+      self.peers.phase(f"step {done + 1:,}")
+      state, plans, report = self.programs.step(state, plans, batch, upcoming)
       done += 1
       reports.append(report)
       # Groups that update tables of their own meet at whole multiples of `apart`, and at the end;
@@ -156,11 +155,10 @@ class _Run:
         self._save(state, done)
         start = self._clock()
       if stopping:
+        self.peers.agree_to_end()
         self.checkpoints.wait()
-        raise Terminated(
-          f"stopped by SIGTERM after step {done:,} of {self.steps:,}, which is saved; "
-          "the same command goes on from there"
-        )
+        at = f"after step {done:,} of {self.steps:,}, which is saved"
+        raise Terminated(f"stopped by SIGTERM {at}; the same command goes on from there")
     return state
 
   def _clock(self) -> float:
@@ -179,6 +177,7 @@ class _Run:
     return agree and bool(of_all_processes(np.array([self.termination.requested])).any())
 
   def _log(self, state: TrainState, done: int, reports: list[Report]) -> None:
+    self.peers.phase(f"results of step {done:,}")
     reports = jax.device_get(reports)  # Waits for the device.
     loss = float(np.mean([report.loss for report in reports]))
     result = next(iter(self._train_metrics(state).values()))
@@ -238,11 +237,13 @@ class _Run:
       **part_of_process(self.mesh),
     )
     try:
+      batches = self.peers.phases(f"evaluation on {split}", batches)
       return evaluate(self.programs.predict, state, batches, self.data.features)
     except PredictionError as error:
       raise self._not_finite(int(state.step) - 1, [f"{split}: {error}"]) from error
 
   def _save(self, state: TrainState, done: int) -> None:
+    self.peers.phase(f"save of step {done:,}")
     notes = {
       "position": self.feed.get_state(),
       "best": self.best.to_json(),
@@ -260,9 +261,8 @@ class _Run:
     notes = restored.notes
     self.feed.set_state(notes["position"])
     self.best = BestSoFar(**notes["best"])
-    self.valid, self.train_loss, self.seconds = (
-      notes[name] for name in ("valid", "train_loss", "seconds")
-    )
+    kept = (notes[name] for name in ("valid", "train_loss", "seconds"))
+    self.valid, self.train_loss, self.seconds = kept
     self.progress.say(f"resuming from the checkpoint of step {restored.step:,}")
     return restored.state
 

@@ -15,15 +15,19 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 
+from gemjax.parallel.peers import Peers
+
 
 class Phases:
-  """Seconds by name of phase."""
+  """Seconds by name of phase of the start-up; the `peers` are told which phase it is."""
 
-  def __init__(self):
+  def __init__(self, peers: Peers | None = None):
+    self.peers = peers or Peers()
     self.seconds: dict[str, float] = {}
 
   @contextlib.contextmanager
-  def __call__(self, name: str) -> Iterator[None]:
+  def __call__(self, name: str, *, endless: bool = False) -> Iterator[None]:
+    self.peers.phase(name, endless=endless)
     start = time.perf_counter()
     yield
     self.add(name, time.perf_counter() - start)

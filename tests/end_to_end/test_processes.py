@@ -20,9 +20,9 @@ def free_port() -> int:
     return found.getsockname()[1]
 
 
-def start_all(count, cache, **flags):
+def start_all(count, cache, env=None, **flags):
   address = f"127.0.0.1:{free_port()}"
-  names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+  names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)} | (env or {})
   return [
     tiny.start("train", cache=cache, env=names | {"JAX_PROCESS_ID": str(i)}, **flags)
     for i in range(count)

@@ -1,0 +1,103 @@
+"""A job as a JobSet of Kubernetes (jobset.x-k8s.io/v1alpha2): one pod a host.
+
+Source: https://jobset.sigs.k8s.io/docs/concepts; a pod's name in the network is
+<jobset>-<replicated job>-<job>-<pod>.<jobset>.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from jobs.job import Job, JobError
+
+from gemjax.parallel.place import ADDRESS, COUNT
+
+WORKERS, PORT = "workers", 61_440
+GRACE_SECONDS = 300  # Between SIGTERM, upon which a run saves, and the kill.
+RESTARTS = 10
+
+
+def manifest(job: Job, *, namespace: str, claims: list[str]) -> str:
+  """The manifest, complete.
+
+  Args:
+    job: What runs.
+    namespace: Of the cluster; empty: the client's.
+    claims: CLAIM:PATH, persistent volume claims and where they are mounted.
+
+  Raises:
+    JobError: there is no image, or a claim is no pair.
+  """
+  if not job.image:
+    raise JobError("--image is missing; Kubernetes runs containers only")
+  metadata = {"name": job.name} | ({"namespace": namespace} if namespace else {})
+  tree = {
+    "apiVersion": "jobset.x-k8s.io/v1alpha2",
+    "kind": "JobSet",
+    "metadata": metadata,
+    "spec": {
+      # Any pod that fails starts all anew: the same command goes on from the last checkpoint.
+      "failurePolicy": {"maxRestarts": RESTARTS},
+      # The roll call happens before any pod is ready.
+      "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+      "replicatedJobs": [
+        {
+          "name": WORKERS,
+          "replicas": 1,
+          "template": {
+            "spec": {
+              "completionMode": "Indexed",  # JOB_COMPLETION_INDEX is the host's number.
+              "parallelism": job.nodes,
+              "completions": job.nodes,
+              "backoffLimit": 0,
+              "template": {"spec": _pod(job, claims)},
+            }
+          },
+        }
+      ],
+    },
+  }
+  return yaml.safe_dump(tree, sort_keys=False, width=1_000)
+
+
+def _pod(job: Job, claims: list[str]) -> dict[str, Any]:
+  pairs = [claim.partition(":")[::2] for claim in claims]
+  for claim, (name, path) in zip(claims, pairs):
+    if not name or not path.startswith("/"):
+      raise JobError(f"--claim={claim} must be CLAIM:/PATH")
+  several = job.nodes > 1
+  place = {
+    ADDRESS: f"{job.name}-{WORKERS}-0-0.{job.name}:{PORT}",
+    COUNT: str(job.nodes),  # launch/local.py multiplies it by its processes.
+  }
+  environment = (place if several else {}) | job.environment
+  command = job.command
+  if job.processes > 1:
+    command = [job.python, "launch/local.py", f"--processes={job.processes}", "--", *command]
+  container = {
+    "name": "train",
+    "image": job.image,
+    **({"workingDir": job.code} if job.code else {}),
+    "command": command,
+    "env": [{"name": name, "value": value} for name, value in environment.items()],
+    "ports": [{"containerPort": PORT}],
+    **({"resources": {"limits": {"nvidia.com/gpu": job.gpus}}} if job.gpus else {}),
+    "volumeMounts": [
+      {"name": "shared-memory", "mountPath": "/dev/shm"},
+      *({"name": f"claim-{i}", "mountPath": path} for i, (_, path) in enumerate(pairs)),
+    ],
+  }
+  return {
+    "restartPolicy": "Never",
+    "terminationGracePeriodSeconds": GRACE_SECONDS,
+    "containers": [container],
+    "volumes": [
+      # NCCL between processes of a host; the default of 64 MB is too little.
+      {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
+      *(
+        {"name": f"claim-{i}", "persistentVolumeClaim": {"claimName": name}}
+        for i, (name, _) in enumerate(pairs)
+      ),
+    ],
+  }

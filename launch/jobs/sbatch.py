@@ -1,0 +1,55 @@
+"""A job as a script of Slurm's sbatch."""
+
+from __future__ import annotations
+
+import shlex
+
+from jobs.job import Job
+
+GRACE_SECONDS = 300  # Between SIGTERM, upon which a run saves, and the end of the time limit.
+
+
+def script(job: Job, *, directives: list[str], mounts: list[str], time: str) -> str:
+  """The script, complete.
+
+  Args:
+    job: What runs.
+    directives: Further `#SBATCH` lines, as `--partition=gpu`.
+    mounts: HOST:CONTAINER folders of a container (pyxis).
+    time: The limit, as `24:00:00`.
+  """
+  lines = [
+    f"--job-name={job.name}",
+    f"--nodes={job.nodes}",
+    f"--ntasks-per-node={job.processes}",
+    # All GPUs of the node for all of its tasks; each process takes its own by SLURM_LOCALID. Bound
+    # to tasks (--gpus-per-task) NCCL could not reach its neighbours through peer access.
+    *([f"--gpus-per-node={job.gpus}"] if job.gpus else []),
+    f"--time={time}",
+    f"--signal=TERM@{GRACE_SECONDS}",  # To the tasks: they save and end with 143.
+    "--requeue",  # A lost node: the same command goes on from the last checkpoint.
+    "--open-mode=append",
+    "--output=%x-%j.log",
+    *([f"--chdir={job.code}"] if job.code and not job.image else []),
+    *directives,
+  ]
+  container = [
+    *([f"--container-image={job.image}"] if job.image else []),
+    *([f"--container-mounts={','.join(mounts)}"] if mounts else []),
+    *([f"--container-workdir={job.code}"] if job.image and job.code else []),
+  ]
+  # Its own message is in the log before srun ends the others.
+  step = ["srun", "--label", "--kill-on-bad-exit=1", "--distribution=block", *container]
+  exports = [f"export {n}={shlex.quote(v)}" for n, v in job.environment.items()]
+  return "\n".join(
+    [
+      "#!/bin/bash",
+      *(f"#SBATCH {line}" for line in lines),
+      "",
+      "set -euo pipefail",
+      *exports,
+      f"{shlex.join(step)} \\",
+      f"  {shlex.join(job.command)}",
+      "",
+    ]
+  )

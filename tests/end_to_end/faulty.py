@@ -1,0 +1,39 @@
+"""The tiny config whose training fails on purpose: FAULT=KIND:RANK:BATCH in the environment.
+
+The process of that rank, asked for that batch, is killed, is stopped, sleeps for ever, or raises.
+"""
+
+import os
+import signal
+import time
+
+import tiny
+
+
+def get_config(model: str = "wukong"):
+  if fault := os.environ.get("FAULT"):
+    kind, rank, batch = fault.split(":")
+    if os.environ.get("JAX_PROCESS_ID") == rank:
+      _inject(kind, int(batch))
+  return tiny.get_config(model)
+
+
+def _inject(kind: str, batch: int) -> None:
+  from gemjax.train.feed import Feed
+
+  advance, asked = Feed.advance, iter(range(1, 1_000_000))
+
+  def faulty(self):
+    if next(asked) == batch:
+      print(f"fault: {kind}", flush=True)
+      if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+      elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+      elif kind == "sleep":
+        time.sleep(10_000)
+      else:
+        raise OSError("a batch cannot be read: the disk is gone")
+    return advance(self)
+
+  Feed.advance = faulty
