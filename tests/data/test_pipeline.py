@@ -104,6 +104,42 @@ def test_resumes_at_the_exact_example(data, done):
     iterator.close()
 
 
+def test_the_position_does_not_depend_on_the_number_of_processes(data):
+  """1 -> 2 -> 4 -> 3 processes: the batches of one, each example once an epoch."""
+  size, seed = 60, 1  # 17 batches begin in an epoch.
+  whole, state, taken, done = stream(data, 40, batch_size=size, seed=seed), None, [], 0
+  for processes, count in ((1, 7), (2, 9), (4, 11), (3, 13)):
+    iterators = [
+      iter(
+        train_batches(
+          data,
+          batch_size=size,
+          seed=seed,
+          process_index=p,
+          process_count=processes,
+          shards=processes,
+        )
+      )
+      for p in range(processes)
+    ]
+    for iterator in iterators:
+      if state is not None:
+        iterator.set_state(state)
+    for _ in range(count):
+      parts = [next(iterator) for iterator in iterators]
+      ids_B = np.concatenate([part.ids_BS[:, 0] for part in parts])
+      np.testing.assert_array_equal(ids_B, whole[done].ids_BS[:, 0])
+      taken.extend(ids_B.tolist())
+      done += 1
+    states = [json.loads(json.dumps(iterator.get_state())) for iterator in iterators]
+    assert all(s == states[0] for s in states)  # One process writes it for all.
+    state = states[-1]
+    for iterator in iterators:
+      iterator.close()
+  for epoch in np.reshape(taken[: 2 * N], (2, N)):
+    np.testing.assert_array_equal(np.sort(epoch), np.arange(N))
+
+
 def test_a_batch_is_a_function_of_its_number(data):
   batches = Batches(data, "train", 100, 1)
   expected = stream(data, 30)
