@@ -14,6 +14,7 @@ import cli
 from absl import flags
 
 _SUITES = (
+  "checkpoint",
   "data",
   "movielens",
   "sharding",

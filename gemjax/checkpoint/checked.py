@@ -56,7 +56,13 @@ class _Checked:
 
 
 class CheckedState(_Checked, ocp.StandardCheckpointHandler):
-  """Any pytree of arrays."""
+  """Any pytree of arrays, stored as they are: weights hardly compress, and trying takes longer than
+  the disk.
+  """
+
+  def __init__(self):
+    super().__init__()
+    self._impl = ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
 class CheckedJson(_Checked, ocp.JsonCheckpointHandler):

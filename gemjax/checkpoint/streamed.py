@@ -135,4 +135,4 @@ class _StreamedState(CheckedState):
     super().__init__()
     registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
     self._supported_types = (Streamed,)
-    self._impl = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    self._impl = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
