@@ -11,6 +11,7 @@ import dataclasses
 
 from gemjax.config import (
   Config,
+  ConfigError,
   Data,
   Dcnv2,
   Dlrm,
@@ -36,6 +37,8 @@ DIMS = {"fm": 65, "logistic": 1}  # One linear weight beside 64 factors; one wei
 
 def get_config(variant: str = "wukong") -> Config:
   """`--config=configs/wukong_frappe.py:dcnv2` trains a baseline with the same recipe."""
+  if variant not in MODELS:
+    raise ConfigError(f"variant {variant!r} is none of {[*MODELS]}")
   return Config(
     name=f"frappe_{variant}",
     # 64 blocks hold the whole train split: its positives come first, so shuffle all of it.

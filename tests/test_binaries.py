@@ -58,7 +58,7 @@ def test_cuda_wheels_without_a_driver_print_one_line_and_use_the_cpu(wheels):
   assert "Traceback" in plain.stderr  # What the set-up spares the user.
   ours = run("from gemjax.parallel.process import set_up_process as s; s()" + USE, wheels)
   assert ours.stdout == "cpu\n"
-  assert ours.stderr == "no NVIDIA driver on this machine: training on the CPU\n"
+  assert ours.stderr == "no NVIDIA driver on this machine: computing on the CPU\n"
 
 
 def test_without_the_wheels_nothing_is_said():
@@ -75,4 +75,4 @@ def test_a_platform_named_by_the_user_is_not_overruled(wheels):
     wheels,
     JAX_PLATFORMS="cpu",
   )
-  assert found.stdout == "cpu\n" and "training on the CPU" not in found.stderr
+  assert found.stdout == "cpu\n" and "computing on the CPU" not in found.stderr

@@ -108,9 +108,9 @@ def fake_load(file: Any, path: pathlib.Path) -> Any:
     with FakeTensorMode():
       return torch.load(file, weights_only=True, map_location="cpu")
   except Exception as error:  # Of the zip reader, the unpickler, and PyTorch's own kinds.
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
     raise ConvertError(
-      f"{path} is truncated, or no file of torch.save that holds tensors alone ({reason})"
+      f"{path} is truncated, or no file of torch.save that holds tensors alone "
+      f"({type(error).__name__}); save the model's state_dict()"
     ) from error
 
 

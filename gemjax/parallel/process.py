@@ -24,7 +24,7 @@ def set_up_process() -> None:
   """
   wheels = any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
   if wheels and not os.environ.get("JAX_PLATFORMS") and not _has_driver():
-    print("no NVIDIA driver on this machine: training on the CPU", file=sys.stderr, flush=True)
+    print("no NVIDIA driver on this machine: computing on the CPU", file=sys.stderr, flush=True)
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Asked or not, JAX loads the wheels, and they log eight more lines: let it find none.
     for version in (12, 13):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
-from jobs.job import Job
+from jobs.job import Job, JobError
 
 GRACE_SECONDS = 300  # Between SIGTERM, upon which a run saves, and the end of the time limit.
 
@@ -17,7 +18,17 @@ def script(job: Job, *, directives: list[str], mounts: list[str], time: str) -> 
     directives: Further `#SBATCH` lines, as `--partition=gpu`.
     mounts: HOST:CONTAINER folders of a container (pyxis).
     time: The limit, as `24:00:00`.
+
+  Raises:
+    JobError: a directive is no option, the time none of Slurm's, or there are mounts but no image.
   """
+  for directive in directives:
+    if not directive.startswith("-") or "\n" in directive:
+      raise JobError(f"--directive={directive} must be an option of sbatch, as --account=ads")
+  if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", time):
+    raise JobError(f"--time={time} must be minutes, hours:minutes:seconds, or days-hours")
+  if mounts and not job.image:
+    raise JobError(f"--mount={mounts[0]} needs --image: without a container nothing is mounted")
   lines = [
     f"--job-name={job.name}",
     f"--nodes={job.nodes}",

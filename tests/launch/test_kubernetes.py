@@ -108,6 +108,10 @@ def test_the_pods_are_one_run(launch, stub):
       ("--config=c", "--workdir=w", "--image=i", "--claim=runs"),
       "--claim=runs must be CLAIM:/PATH",
     ),
+    ((*FLAGS, "--claim=Runs_X:/b"), "--claim=Runs_X:/b must be CLAIM:/PATH"),
+    ((*FLAGS, "--claim=b:/runs"), "--claim=runs:/runs: two claims are mounted at /runs"),
+    ((*FLAGS, "--workdir=/elsewhere/x"), "--workdir=/elsewhere/x lies in no --claim"),
+    ((*FLAGS, "--namespace=Bad NS"), "--namespace=Bad NS must be of a-z"),
   ],
 )
 def test_what_kubernetes_would_not_take(flags, words, launch):
