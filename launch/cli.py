@@ -61,7 +61,9 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(2, f"wrong flags{config}: {kind}{_sentence(error)}; {mend}")
 
 
-def _guarded(main: Callable[..., int | None], argv: list[str], takes_command: bool) -> int | None:
+def _guarded(
+  main: Callable[..., int | None], argv: list[str], takes_command: bool = False
+) -> int | None:
   if argv[1:] and not takes_command:
     _fail(2, f"arguments must be flags, but got {argv[1:]}; write --name=value")
   try:
