@@ -10,7 +10,7 @@ from runs import config_of, convert, logits
 from gemjax.train.loop import train
 from gemjax.train.trained import evaluate_run
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[benchmark]'")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[convert]'")
 import fuxictr_wukong  # noqa: E402
 from torch_training import logits_of_test, trained  # noqa: E402
 

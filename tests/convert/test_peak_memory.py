@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.mark.slow
 def test_peak_memory_is_below_two_of_the_largest_array(tmp_path):
   """Measured in a process of its own, where the state is three arrays of 96 MB."""
-  pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[benchmark]'")
+  pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[convert]'")
   if not pathlib.Path("/proc/self/clear_refs").exists():
     pytest.skip("only Linux tells a process its peak memory anew")
   done = subprocess.run(

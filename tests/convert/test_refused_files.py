@@ -11,7 +11,7 @@ import small
 from runs import config_of, convert
 
 ROOT = pathlib.Path(__file__).parents[2]
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[benchmark]'")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[convert]'")
 
 from fuxictr_wukong import WuKong  # noqa: E402
 

@@ -5,7 +5,7 @@ import pytest
 import small
 from runs import config_of, convert, logits
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[benchmark]'")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[convert]'")
 
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch_training import logits_of_test, trained  # noqa: E402
