@@ -145,7 +145,11 @@ class PreparedWriter:
 
   def __enter__(self) -> PreparedWriter:
     shutil.rmtree(self._partial, ignore_errors=True)
-    self._partial.mkdir(parents=True)
+    try:
+      self._partial.mkdir(parents=True)
+    except BaseException:  # A signal may come as soon as the folder is there.
+      shutil.rmtree(self._partial, ignore_errors=True)
+      raise
     return self
 
   def __exit__(self, kind, value, trace) -> None:

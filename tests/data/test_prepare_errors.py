@@ -84,6 +84,17 @@ def test_disk_full_in_the_middle(tmp_path, monkeypatch):
   assert "No space left on device; free the disk" in fails(tmp_path, GOOD)
 
 
+def test_stopped_while_the_folder_is_made(tmp_path, monkeypatch):
+  def mkdir(path, *args, **options):
+    os.mkdir(path)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(pathlib.Path, "mkdir", mkdir)
+  with pytest.raises(KeyboardInterrupt), prepared.PreparedWriter(tmp_path / "out"):
+    pass
+  assert not list(tmp_path.iterdir())
+
+
 def launch(*flags, **options):
   environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, str(ROOT / "launch/prepare.py"), *map(str, flags)]
