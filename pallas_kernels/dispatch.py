@@ -63,6 +63,8 @@ def dispatch(
     return chosen(*args)
   if refusal:
     raise Refused(f"{op}: implementation {name!r} was asked for, but {refusal}")
+  if name == "mosaic":  # Its interpreter has side effects, which no branch may have on a GPU.
+    return chosen(*args, interpret=jax.default_backend() != "gpu")
   return jax.lax.platform_dependent(
     *args,
     cuda=functools.partial(chosen, interpret=False),

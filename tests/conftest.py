@@ -1,4 +1,8 @@
-"""Every test process has eight CPU devices, so that meshes of any shape can be tried in it."""
+"""Every test process has eight CPU devices, so that meshes of any shape can be tried in it.
+
+With JAX_PLATFORMS=cuda it has the GPUs instead, on which the kernels are no longer interpreted:
+`JAX_PLATFORMS=cuda python -m pytest tests/pallas_kernels`.
+"""
 
 import os
 
@@ -9,13 +13,18 @@ import compiled_quickly
 
 # XLA reads this once, with the first backend; what compiles for GPUs shall do it as users do.
 _FLAGS = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{compiled_quickly.XLA_FLAGS} {_FLAGS or ''}"
+if compiled_quickly.ON_GPU:
+  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # Several processes share it.
+else:
+  os.environ["XLA_FLAGS"] = f"{compiled_quickly.XLA_FLAGS} {_FLAGS or ''}"
 
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+if compiled_quickly.ON_GPU:
+  jax.config.update("jax_default_matmul_precision", "highest")  # Of XLA; else TF32.
 jax.devices()
 if _FLAGS is None:
-  del os.environ["XLA_FLAGS"]
+  os.environ.pop("XLA_FLAGS", None)
 else:
   os.environ["XLA_FLAGS"] = _FLAGS

@@ -48,7 +48,8 @@ def compile_kernels(fn: Callable[..., Any], args: Sequence[Any], target: Target)
   mesh = jax.sharding.Mesh(devices(target).reshape(-1), ("device",))
   there = jax.sharding.NamedSharding(mesh, jax.P())
   args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), args)
-  lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas of 0.11 asks for the GPU.
+    lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
   with tempfile.TemporaryDirectory() as folder:
     dump = Path(folder)
     with _mosaic_dumps_to(dump):

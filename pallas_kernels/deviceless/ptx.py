@@ -145,7 +145,8 @@ def parse_report(text: str) -> list[Report]:
 def _program() -> str:
   spec = importlib.util.find_spec("nvidia")
   for folder in spec.submodule_search_locations if spec else []:
-    program = Path(folder, "cuda_nvcc", "bin", "ptxas")
-    if program.exists():
-      return str(program)
+    for part in ("cuda_nvcc", "cu13"):  # Of CUDA 12 and 13.
+      program = Path(folder, part, "bin", "ptxas")
+      if program.exists():
+        return str(program)
   raise DevicelessError('ptxas comes with the CUDA wheels: pip install "gemjax[cuda12]"')

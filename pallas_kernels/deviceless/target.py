@@ -118,9 +118,9 @@ TARGETS = {
 
 
 def has_cuda_wheels() -> bool:
-  """Whether JAX's CUDA 12 plugin is installed; it needs no GPU and no driver to compile."""
+  """Whether JAX's CUDA plugin is installed; it needs no GPU and no driver to compile."""
   try:
-    return importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{v}") for v in (12, 13))
   except ModuleNotFoundError:
     return False
 

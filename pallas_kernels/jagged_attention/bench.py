@@ -45,7 +45,7 @@ def seen_of(length_S: np.ndarray, options: dict[str, Any]) -> tuple[jax.Array, V
 def work(length_S: np.ndarray, options: dict[str, Any]) -> dict[str, Any]:
   """FLOPs and bytes that the pairs need, and those of the tiles that the kernels visit (bf16)."""
   offset_S1, seen = seen_of(length_S, options)
-  shape = triton.launch(D, 2, biased=False, direction="backward")
+  shape = triton.launch(D, 2, biased=False, direction="backward_keys")
   T = len(seen.lo_T)
   pairs = int(np.sum(np.asarray(seen.hi_T - seen.lo_T), dtype=np.int64))
   by_queries = tiles.query_tiles(offset_S1, seen.lo_T, seen.hi_T, shape.queries)
@@ -128,7 +128,7 @@ def _padded(options: dict[str, Any]) -> Callable:
     if activation == "softmax":
       weight = jax.nn.softmax(jnp.where(seen, score / D**0.5, -1e30), axis=-1)
     else:
-      weight = POINTWISE[activation].value(score) / options["norm"]
+      weight = POINTWISE[activation].value(score, jax.nn.sigmoid) / options["norm"]
     return jnp.einsum("shqk,skhd->sqhd", jnp.where(seen, weight, 0), v_SLHD)
 
   return attend

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.jagged_attention import tiles
-from pallas_kernels.jagged_attention.activation import POINTWISE
+from pallas_kernels.jagged_attention.activation import POINTWISE, sigmoid_by
 from pallas_kernels.jagged_attention.form import Form, Plan, Saved
 from pallas_kernels.jagged_attention.warpgroup import Compiled, Interpreted
 
@@ -93,6 +93,7 @@ def _softmax(scale: float, score, top_B, sum_B):
 
 def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
   tile_refs, (limits_ref, gain_ref, q_ref, k_ref, v_ref), refs = refs[:6], refs[6:11], refs[11:]
+  (inside_ref, edges_ref), refs = refs[:2], refs[2:]
   out_ref, log_ref, *scratch = refs if form.softmax else (refs[0], None, *refs[1:])
   limits_smem, row_smem, q_smem, k_smem, v_smem, out_smem, *barriers = scratch
   ready, loaded, k_filled, v_filled, k_freed, v_freed = barriers
@@ -105,6 +106,7 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
   @pl.when(alive & (group == GROUPS))
   def _copies():
     plgpu.set_max_registers(_REGISTERS_OF_COPIES, action="decrease")
+    inside = [inside_ref[i] for i in range(2)]
     plgpu.copy_gmem_to_smem(limits_ref.at[tile], limits_smem, ready)
     if not form.softmax:
       plgpu.copy_gmem_to_smem(gain_ref.at[tile], row_smem, ready)
@@ -112,14 +114,21 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
     @pl.loop(0, steps)
     def _step(j):
       place = lax.rem(j, shape.places)
-      keys = pl.ds(first + j * shape.keys, shape.keys)
+      key = first + j * shape.keys
 
-      def fill(ref, ring, filled_P, freed_P):
-        pl.when(j >= shape.places)(lambda: plgpu.barrier_wait(freed_P.at[place]))
-        plgpu.copy_gmem_to_smem(ref.at[keys, head], ring.at[place], filled_P.at[place])
+      def fill(ref, row, ring, filled_P):
+        rows = pl.ds(pl.multiple_of(row, _ALIGNED), shape.keys)
+        plgpu.copy_gmem_to_smem(ref.at[rows, head], ring.at[place], filled_P.at[place])
 
-      fill(k_ref, k_smem, k_filled, k_freed)
-      fill(v_ref, v_smem, v_filled, v_freed)
+      def freed(barrier_P):
+        pl.when(j >= shape.places)(lambda: plgpu.barrier_wait(barrier_P.at[place]))
+
+      freed(k_freed)
+      fill(k_ref, key, k_smem, k_filled)
+      freed(v_freed)
+      edge = _edge_row(*inside, key, shape.keys)
+      pl.when(edge < 0)(lambda: fill(v_ref, key, v_smem, v_filled))
+      pl.when(edge >= 0)(lambda: fill(edges_ref, edge, v_smem, v_filled))
 
   @pl.when(alive & (group < GROUPS))
   def _computes():
@@ -162,7 +171,8 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
         outs_BC = [x * _across(shrink_B, x) for x in outs_BC]
       else:
         gain_B = on.row_terms(row_smem.at[group])
-        weight = POINTWISE[form.activation].value(score * form.scale) * _across(gain_B, score)
+        weight = POINTWISE[form.activation].value(score * form.scale, sigmoid_by(jnp.tanh))
+        weight *= _across(gain_B, score)
         weight = masked(weight, 0.0)
       weight = weight.astype(q_smem.dtype)
       plgpu.barrier_wait(v_filled.at[place])
@@ -187,7 +197,32 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
       out_smem.at[group][...] = x_BC.astype(out_ref.dtype)
       plgpu.commit_smem()
       _store(out_smem.at[group], out_ref, head, part, first_row, stop)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _edges(v_EHD, kv_offsets_S1, keys: int):
+  """(inside_2, the rows at the first and at the last key of all, in two halves).
+
+  Rows outside of the segments may be NaN. Masks keep their scores out, but 0 * NaN would remain, so
+  tiles with such rows come from here, where they are zeros.
+  """
+  inside_2 = jnp.stack([kv_offsets_S1[0], kv_offsets_S1[-1]])
+  row_R = jnp.arange(2 * keys + _ALIGNED)
+  row_R = jnp.concatenate([base + row_R for base in _bases(*inside_2, keys)])
+  own_R = (row_R >= inside_2[0]) & (row_R < inside_2[1])
+  return inside_2, jnp.where(own_R[:, None, None], v_EHD.at[row_R].get(mode="clip"), 0)
+
+
+def _bases(begin, end, keys: int):
+  aligned = lambda row: row - row % _ALIGNED
+  return aligned(begin), aligned(jnp.maximum(end - keys, 0))
+
+
+def _edge_row(begin, end, key, keys: int):
+  """Where in `_edges` the tile from `key` on begins; negative if all its rows are inside."""
+  front, back = _bases(begin, end, keys)
+  row = jnp.where(key + keys > end, 2 * keys + _ALIGNED + key - back, -1)
+  return jnp.where(key < begin, key - front, row)
 
 
 def _columns(part: slice):
@@ -214,10 +249,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
   shape = launch(width)
   if form.softmax and form.scale <= 0:
     q_THD = q_THD * jnp.sign(form.scale).astype(q_THD.dtype)  # The kernel has |scale|, or 1 for 0.
-  # Rows outside of the segments may be NaN. Masks keep their scores out, but 0 * NaN would remain.
-  key_E = jnp.arange(len(v_EHD))
-  inside_E = (key_E >= plan.kv_offsets_S1[0]) & (key_E < plan.kv_offsets_S1[-1])
-  v_EHD = jnp.where(inside_E[:, None, None], v_EHD, 0)
+  inside_2, edges_RHD = _edges(v_EHD, plan.kv_offsets_S1, shape.keys)
   room = -len(k_EHD) % _ALIGNED
   if room:
     k_EHD, v_EHD = (jnp.pad(x, ((0, room), (0, 0), (0, 0))) for x in (k_EHD, v_EHD))
@@ -229,9 +261,6 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
   lo_NB, hi_NB, gain_NB = (
     x.at[row_NB].get(mode="fill", fill_value=0) for x in (plan.lo_T, plan.hi_T, plan.gain_T)
   )
-  # All its rows see the keys [inner_first, inner_last): no mask there.
-  inner_first_N = jnp.max(lo_NB, axis=1)
-  inner_last_N = jnp.min(jnp.where(own_NB, hi_NB, jnp.iinfo(jnp.int32).max), axis=1)
   cut = cut._replace(first_N=cut.first_N - cut.first_N % _ALIGNED)
   number = len(cut.start_N)
   grouped = lambda x_NB: x_NB.reshape(number, GROUPS, ROWS)
@@ -251,7 +280,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
     kernel_name=KERNEL,
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     interpret=_interpreter() if interpret else None,
-  )(*cut, inner_first_N, inner_last_N, limits_NG2B, grouped(gain_NB), q_THD, k_EHD, v_EHD)
+  )(*cut, limits_NG2B, grouped(gain_NB), q_THD, k_EHD, v_EHD, inside_2, edges_RHD)
   if not form.softmax:
     return Saved(found[0], jnp.zeros((0, 0), jnp.float32))
   log_NBH = jnp.moveaxis(found[1].reshape(number, heads, GROUPS * ROWS), 1, 2)

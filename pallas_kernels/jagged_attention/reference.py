@@ -38,7 +38,7 @@ def attend(
       score_HE = jnp.where(seen_E, score_HE, -jnp.inf)
       weight_HE = jax.nn.softmax(score_HE, axis=1, where=seen_E)
     else:
-      weight_HE = POINTWISE[form.activation].value(score_HE) * gain.astype(high)
+      weight_HE = POINTWISE[form.activation].value(score_HE, jax.nn.sigmoid) * gain.astype(high)
     weight_HE = jnp.where(seen_E, weight_HE, 0)
     # Not a row of zeros times v, for then a NaN in the gradient of a row without keys would spread.
     return jnp.where(lo < hi, jnp.einsum("he,ehd->hd", weight_HE, v_EHD), 0)

@@ -24,6 +24,8 @@ from pallas_kernels import segments
 class Tiles(NamedTuple):
   """Rows [start_N, stop_N), at most `block`; they visit [first_N, last_N) of the other axis. int32.
 
+  All of them see all of [inner_first_N, inner_last_N), a part of that, so that no mask is needed.
+
   The costliest first, so that on a GPU no long tile starts last, and so that those that a CPU works
   on together are equal. Unused ones have no rows.
   """
@@ -32,6 +34,8 @@ class Tiles(NamedTuple):
   stop_N: jax.Array
   first_N: jax.Array
   last_N: jax.Array
+  inner_first_N: jax.Array
+  inner_last_N: jax.Array
 
 
 def bound(rows: int, segments: int, block: int) -> int:
@@ -61,13 +65,16 @@ def query_tiles(q_offsets_S1: jax.Array, lo_T: jax.Array, hi_T: jax.Array, block
   rows = len(lo_T)
   start_N, stop_N = cut(q_offsets_S1, rows, block)
   row_NB = start_N[:, None] + jnp.arange(block, dtype=jnp.int32)
-  row_NB = jnp.where(row_NB < stop_N[:, None], row_NB, rows)
+  own_NB = row_NB < stop_N[:, None]
+  row_NB = jnp.where(own_NB, row_NB, rows)
   lo_NB = lo_T.at[row_NB].get(mode="fill", fill_value=0)
   hi_NB = hi_T.at[row_NB].get(mode="fill", fill_value=0)
   sees_NB = lo_NB < hi_NB
   first_N = jnp.min(jnp.where(sees_NB, lo_NB, jnp.iinfo(jnp.int32).max), axis=1)
   last_N = jnp.max(jnp.where(sees_NB, hi_NB, 0), axis=1)
-  return _by_cost(start_N, stop_N, first_N, last_N)
+  inner_first_N = jnp.max(lo_NB, axis=1)
+  inner_last_N = jnp.min(jnp.where(own_NB, hi_NB, jnp.iinfo(jnp.int32).max), axis=1)
+  return _by_cost(start_N, stop_N, first_N, last_N, inner_first_N, inner_last_N)
 
 
 def key_tiles(
@@ -76,7 +83,8 @@ def key_tiles(
   """Tiles of keys, and the queries that see any key of a tile: one stretch, found by bisection.
 
   lo and hi rise with t but for segments that share keys; the greatest hi up to t and the least lo
-  from t on rise always, and bound the stretch from outside.
+  from t on rise always, and bound the stretch from outside, as the least hi from t on and the
+  greatest lo up to t bound the inner one from within.
   """
   start_N, stop_N = cut(kv_offsets_S1, keys, block)
   sees_T = lo_T < hi_T
@@ -85,12 +93,21 @@ def key_tiles(
   first_N = jnp.searchsorted(reached_T, start_N, side="right").astype(jnp.int32)
   last_N = jnp.searchsorted(needed_T, stop_N, side="left").astype(jnp.int32)
   last_N = jnp.where(start_N < stop_N, last_N, 0)
-  return _by_cost(start_N, stop_N, first_N, last_N)
+  # Rows behind the last that sees anything lie behind the inner stretch in any case.
+  behind_T = jnp.cumsum(sees_T[::-1])[::-1] == 0
+  least_T = jax.lax.cummin(jnp.where(behind_T, keys, hi_T), reverse=True)
+  greatest_T = jax.lax.cummax(jnp.where(behind_T, keys, lo_T))
+  inner_first_N = jnp.searchsorted(least_T, stop_N, side="left").astype(jnp.int32)
+  inner_last_N = jnp.searchsorted(greatest_T, start_N, side="right").astype(jnp.int32)
+  return _by_cost(start_N, stop_N, first_N, last_N, inner_first_N, inner_last_N)
 
 
-def _by_cost(start_N, stop_N, first_N, last_N) -> Tiles:
+def _by_cost(start_N, stop_N, first_N, last_N, inner_first_N, inner_last_N) -> Tiles:
   works_N = first_N < last_N
   first_N, last_N = (jnp.where(works_N, x, 0) for x in (first_N, last_N))
+  inner_first_N = jnp.clip(inner_first_N, first_N, last_N)
+  inner_last_N = jnp.clip(inner_last_N, inner_first_N, last_N)
   order_N = jnp.argsort(first_N - last_N, stable=True)
   # Of tiles without work those with rows come first: they are still to be written.
-  return Tiles(start_N[order_N], stop_N[order_N], first_N[order_N], last_N[order_N])
+  found = Tiles(start_N, stop_N, first_N, last_N, inner_first_N, inner_last_N)
+  return Tiles(*(x_N[order_N] for x_N in found))

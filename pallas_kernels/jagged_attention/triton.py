@@ -18,15 +18,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import generation
 from pallas_kernels.jagged_attention import tiles, triton_backward
 from pallas_kernels.jagged_attention.activation import POINTWISE
 from pallas_kernels.jagged_attention.form import Form, Gradients, Plan, Saved
 from pallas_kernels.jagged_attention.triton_rows import (
+  LOG2_E,
   Launch,
   Rows,
+  Stretch,
   biased_score,
+  functions,
   ids,
-  over,
   power,
   split,
 )
@@ -50,6 +53,8 @@ def launch(width: int, itemsize: int, biased: bool, direction: str) -> Launch:
     return Launch(32, 32 if load <= 1024 else 16, 8, 1)
   if padded != width:
     return Launch(64, 32, 8, 1)
+  if load in (128, 256) and generation.major() >= generation.HOPPER:
+    return Launch(64, 64, 4, 3 if (load == 256) == (direction == "forward") else 2)
   keys = 64 if 128 <= load <= 256 else 32
   return Launch(64, keys, 4 if load == 256 and direction == "forward" else 8, 2)
 
@@ -69,8 +74,9 @@ def refusal(q_THD: jax.Array, k_EHD: jax.Array, tables: tuple[jax.Array, ...]) -
   return None
 
 
-def _forward_kernel(form, shape: Launch, width, heads, biased, *refs):
-  start_N, stop_N, first_N, last_N, lo_T, hi_T, gain_T, q_ref, k_ref, v_ref, *rest = refs
+def _forward_kernel(form, shape: Launch, f, width, heads, biased, *refs):
+  start_N, stop_N, *stretch, lo_T, hi_T, gain_T, q_ref, k_ref, v_ref = refs[:12]
+  rest = refs[12:]
   tables, x_qs, x_ks, (out_ref, *log_ref) = split(rest, biased)
   tile, head = ids(heads)
   queries = Rows(start_N[tile], stop_N[tile], shape.queries, head, width)
@@ -78,38 +84,39 @@ def _forward_kernel(form, shape: Launch, width, heads, biased, *refs):
   lo_B, hi_B = queries.of_vector(lo_T), queries.of_vector(hi_T)
   gain_B = None if form.softmax else queries.of_vector(gain_T)
   x_qs = [queries.of_vector(x)[:, None] for x in x_qs]
-  last = last_N[tile]
+  stretch = Stretch(*(ref[tile] for ref in stretch))
+  unit = LOG2_E if form.softmax else 1.0  # The softmax is one of powers of two.
 
-  def body(start, sums):
+  def body(start, inner, sums):
     out_BW, top_B, sum_B = sums
-    keys = Rows(start, last, shape.keys, head, width)
-    k_KW = keys.load(k_ref)
-    v_KW = keys.load(v_ref)
-    score = plgpu.dot(q_BW, k_KW, trans_b=True).astype(jnp.float32) * form.scale
+    keys = Rows(start, stretch.last, shape.keys, head, width)
+    k_KW = keys.load(k_ref, inner)
+    v_KW = keys.load(v_ref, inner)
+    score = plgpu.dot(q_BW, k_KW, trans_b=True).astype(jnp.float32) * (form.scale * unit)
     x_keys = [keys.of_vector(x)[None, :] for x in x_ks]
-    score, _ = biased_score(form, score, tables, head, x_qs, x_keys)
+    score, _ = biased_score(form, score, tables, head, x_qs, x_keys, unit)
     seen = (keys.row_B[None, :] >= lo_B[:, None]) & (keys.row_B[None, :] < hi_B[:, None])
     if form.softmax:
-      score = jnp.where(seen, score, -jnp.inf)
+      score = score if inner else jnp.where(seen, score, -jnp.inf)
       higher_B = jnp.maximum(top_B, jnp.max(score, axis=1))
       anchor_B = jnp.where(higher_B == -jnp.inf, 0.0, higher_B)
-      weight = jnp.exp(score - anchor_B[:, None])
-      shrink_B = jnp.exp(top_B - anchor_B)
+      weight = f.exp2(score - anchor_B[:, None])
+      shrink_B = f.exp2(top_B - anchor_B)
       out_BW = out_BW * shrink_B[:, None]
       sum_B = sum_B * shrink_B + jnp.sum(weight, axis=1)
       top_B = higher_B
     else:
-      weight = POINTWISE[form.activation].value(score) * gain_B[:, None]
-      weight = jnp.where(seen, weight, 0.0)
+      weight = POINTWISE[form.activation].value(score, f.sigmoid) * gain_B[:, None]
+      weight = weight if inner else jnp.where(seen, weight, 0.0)
     return out_BW + plgpu.dot(weight.astype(v_KW.dtype), v_KW), top_B, sum_B
 
   zero_B = jnp.zeros((shape.queries,), jnp.float32)
   start = jnp.zeros((shape.queries, power(width)), jnp.float32), zero_B - jnp.inf, zero_B
-  out_BW, top_B, sum_B = over(first_N[tile], last, shape.keys, body, start)
+  out_BW, top_B, sum_B = stretch.over(shape.keys, body, start, divided=not biased)
   if form.softmax:
     sum_B = jnp.where(sum_B > 0, sum_B, 1.0)
     out_BW = out_BW / sum_B[:, None]
-    log_B = jnp.where(top_B == -jnp.inf, 0.0, top_B) + jnp.log(sum_B)
+    log_B = jnp.where(top_B == -jnp.inf, 0.0, top_B) / LOG2_E + jnp.log(sum_B)
     plgpu.store(log_ref[0].at[head, queries.row_B], log_B, mask=queries.own_B)
   queries.store(out_ref, out_BW)
 
@@ -118,7 +125,8 @@ def _call(
   kernel, name, form, shape: Launch, cut: tiles.Tiles, q_THD, tables, plan, args, outputs, interpret
 ):
   _, heads, width = q_THD.shape
-  body = functools.partial(kernel, form, shape, width, heads, len(tables))
+  f = functions(q_THD.dtype, interpret)
+  body = functools.partial(kernel, form, shape, f, width, heads, len(tables))
   args = (*cut, plan.lo_T, plan.hi_T, plan.gain_T, *args)
   args += (*tables, *plan.q_coordinates, *plan.kv_coordinates)
   return pl.pallas_call(
@@ -153,16 +161,16 @@ def backward(
 ) -> Gradients:
   """Gradients of queries and tables by one kernel, of keys and values by another."""
   heads, width = q_THD.shape[1:]
-  log_HT, delta_HT = (jnp.zeros((1, 1), jnp.float32),) * 2  # A kernel takes no empty array.
+  log2_HT, delta_HT = (jnp.zeros((1, 1), jnp.float32),) * 2  # A kernel takes no empty array.
   if form.softmax:
     delta_HT = jnp.einsum("thd,thd->ht", saved.out_THD, g_THD, preferred_element_type=jnp.float32)
-    log_HT = saved.log_TH.T
-  args = (log_HT, delta_HT, q_THD, k_EHD, v_EHD, g_THD)
+    log2_HT = saved.log_TH.T * LOG2_E
+  args = (log2_HT, delta_HT, q_THD, k_EHD, v_EHD, g_THD)
   run = functools.partial(
     _call, q_THD=q_THD, tables=tables, plan=plan, args=args, interpret=interpret
   )
 
-  shape = launch(width, q_THD.dtype.itemsize, bool(tables), "backward")
+  shape = launch(width, q_THD.dtype.itemsize, bool(tables), "backward_queries")
   cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, shape.queries)
   sums = [jax.ShapeDtypeStruct((len(cut.start_N), heads, t.shape[1]), jnp.float32) for t in tables]
   outputs = [jax.ShapeDtypeStruct(q_THD.shape, q_THD.dtype), *sums]
@@ -170,7 +178,7 @@ def backward(
     triton_backward.of_queries, "backward_queries", form, shape, cut, outputs=outputs
   )
 
-  shape = launch(width, q_THD.dtype.itemsize, bool(tables), "backward")
+  shape = launch(width, q_THD.dtype.itemsize, bool(tables), "backward_keys")
   cut = tiles.key_tiles(plan.kv_offsets_S1, plan.lo_T, plan.hi_T, len(k_EHD), shape.keys)
   outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_EHD, v_EHD)]
   dk_EHD, dv_EHD = run(triton_backward.of_keys, "backward_keys", form, shape, cut, outputs=outputs)

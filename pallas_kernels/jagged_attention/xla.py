@@ -92,7 +92,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
         sum_CHB = sum_CHB * shrink_CHB + jnp.sum(weight, axis=-1)
         top_CHB = higher_CHB
       else:
-        weight = POINTWISE[form.activation].value(score) * gain_CB[:, None, :, None]
+        weight = POINTWISE[form.activation].value(score, jax.nn.sigmoid) * gain_CB[:, None, :, None]
         weight = jnp.where(seen, weight, 0)
       out_CHBD += jnp.einsum("chbk,ckhd->chbd", weight, v_CKHD)
       return out_CHBD, top_CHB, sum_CHB
@@ -138,8 +138,8 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
     else:
       f = POINTWISE[form.activation]
       gain = _take(plan.gain_T, row_CB, inside_CB).astype(high)[:, None, :, None]
-      weight = jnp.where(seen, f.value(score) * gain, 0)
-      slope = jnp.where(seen, f.slope(score) * gain * pull, 0)
+      weight = jnp.where(seen, f.value(score, jax.nn.sigmoid) * gain, 0)
+      slope = jnp.where(seen, f.slope(score, jax.nn.sigmoid) * gain * pull, 0)
     return weight, slope, found, g_CBHD
 
   def of_queries(some, carry):

@@ -6,6 +6,7 @@ import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiled_quickly import ON_GPU
 
 from pallas_kernels.case import LENGTHS, offsets
 from pallas_kernels.jagged_attention.api import jagged_attention
@@ -13,6 +14,8 @@ from pallas_kernels.jagged_attention.bias import Buckets, RelativeBias
 
 # Most of the time goes into compiling.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if ON_GPU:
+  QUICKLY = {}
 IMPLEMENTATIONS = ("reference", "xla", "triton")
 # These share one program a form: the last segments are empty.
 TOGETHER = ("all_empty", "one_event", "empty_among", "around_block", "zipf")
@@ -27,7 +30,8 @@ FORMS = {
   "relu2_blocks": ({"activation": "relu2", "block": 64, "causal": True, "norm": 64.0}, ()),
   "softmax_signed": ({"causal": False, "window": 100}, ((2, True, 24),)),
 }
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # Of the greatest entry.
+# Of the greatest entry; kernels on a GPU multiply float32 as TF32.
+TOLERANCE = {"float32": 3e-3 if ON_GPU else 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 
 def jagged(length_S, heads=2, width=16, dtype="float32", room=0, kv_length_S=None, seed=0):

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import numpy as np
+from compiled_quickly import ON_GPU
 
 from pallas_kernels.case import LENGTHS, offsets
 
@@ -24,6 +25,8 @@ _FAST = {
   "xla_cpu_parallel_codegen_split_count": 1,
   "xla_cpu_use_fusion_emitters": False,
 }
+if ON_GPU:
+  _FAST = {}
 
 
 def layout(name: str, start: int = START) -> tuple[np.ndarray, int]:

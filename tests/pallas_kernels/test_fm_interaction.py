@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_quickly import ON_GPU
 
 from pallas_kernels.dispatch import Refused
 from pallas_kernels.fm_interaction import bench, shapes, xla
@@ -96,7 +97,7 @@ def test_is_the_formula_forward_and_backward(case, implementation):
   *sizes, dtype = CASES[case]
   inputs = draw(*sizes, dtype)
   found = results(implementation, inputs, dtype)
-  bound = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}[dtype]
+  bound = {"float32": 3e-3 if ON_GPU else 2e-5, "bfloat16": 3e-2, "float16": 4e-3}[dtype]
   assert max(difference(found, oracle(*inputs))) < bound
   if implementation != "reference":
     assert max(difference(found, results("reference", inputs, dtype))) < bound

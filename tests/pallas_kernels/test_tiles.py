@@ -37,7 +37,7 @@ def test_tiles_cover_all_rows_and_all_pairs(seed, block):
   by_queries = tiles.query_tiles(q_offsets, seen.lo_T, seen.hi_T, block)
   by_keys = tiles.key_tiles(kv_offsets, seen.lo_T, seen.hi_T, E, block)
   for cut, rows, pairs in ((by_queries, T, pairs_TE), (by_keys, E, pairs_TE.T)):
-    start_N, stop_N, first_N, last_N = map(np.asarray, cut)
+    start_N, stop_N, first_N, last_N, inner_first_N, inner_last_N = map(np.asarray, cut)
     assert len(start_N) == tiles.bound(rows, len(q_offsets) - 1, block)
     assert np.all(stop_N - start_N <= block)
     covered = np.concatenate([np.arange(a, b) for a, b in zip(start_N, stop_N)])
@@ -48,18 +48,23 @@ def test_tiles_cover_all_rows_and_all_pairs(seed, block):
     for start, stop, first, last in zip(start_N, stop_N, first_N, last_N):
       visited[start:stop, first:last] = True
     assert not np.any(pairs & ~visited)
+    assert np.all((first_N <= inner_first_N) & (inner_first_N <= inner_last_N))
+    assert np.all(inner_last_N <= last_N)
+    for start, stop, first, last in zip(start_N, stop_N, inner_first_N, inner_last_N):
+      assert np.all(pairs[start:stop, first:last])
 
 
 @pytest.mark.parametrize("name", ("around_block", "one_long", "zipf"))
 def test_a_tile_of_a_long_segment_visits_nothing_outside_of_it(name):
   offset_S1 = offsets(LENGTHS[name])
   seen = visible(offset_S1, offset_S1, None, int(offset_S1[-1]))
-  for start, stop, first, last in zip(
+  for start, stop, first, last, inner_first, inner_last in zip(
     *map(np.asarray, tiles.query_tiles(offset_S1, seen.lo_T, seen.hi_T, 64))
   ):
     for a, b in itertools.pairwise(offset_S1):
       if b - a >= 64 and a <= start < b:
         assert a <= first and last <= b and stop <= b
+        assert (inner_first, inner_last) == (first, last)
 
 
 def test_intervals_of_keys_by_hand():
