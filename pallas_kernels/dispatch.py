@@ -1,6 +1,6 @@
 """Which implementation of an op runs: the one rule for all ops.
 
-    None       the GPU kernel where the program runs on an NVIDIA GPU, XLA elsewhere
+    None       a GPU kernel where the program runs on an NVIDIA GPU, XLA elsewhere
     "xla"      plain JAX whose work follows the events
     "triton"   the Pallas kernel in the Triton lowering (sm_80 and later)
     "mosaic"   the Pallas kernel in the Mosaic GPU lowering (sm_90a), where an op has one
@@ -33,6 +33,7 @@ def dispatch(
   implementations: dict[str, Implementation],
   *args: Any,
   refusal: str | None = None,
+  kernel: str = "triton",
 ) -> Any:
   """implementations[the chosen one](*args).
 
@@ -42,19 +43,20 @@ def dispatch(
     implementations: By name. Those of `INTERPRETED` take the keyword `interpret`; all give
       results of the same shapes and dtypes.
     *args: Pytrees of arrays; everything static is bound into the implementations before.
-    refusal: Why the kernels cannot do it, in one sentence with the values; None where they can.
+    refusal: Why the kernel cannot do it, in one sentence with the values; None where it can.
+    kernel: The one that the rule takes.
 
   Raises:
     Refused: An unknown name, or a kernel asked for by name that refuses.
   """
   if name is None:
-    kernel = implementations.get("triton")
-    if kernel is None or refusal:
+    on_gpu = implementations.get(kernel)
+    if on_gpu is None or refusal:
       if refusal and jax.default_backend() == "gpu":
         _say_once(f"{op} runs as plain XLA on the GPU: {refusal}")
       return implementations["xla"](*args)
     return jax.lax.platform_dependent(
-      *args, cuda=functools.partial(kernel, interpret=False), default=implementations["xla"]
+      *args, cuda=functools.partial(on_gpu, interpret=False), default=implementations["xla"]
     )
   if name not in implementations:
     raise Refused(f"{op}: implementation {name!r} is not one of {', '.join(implementations)}")

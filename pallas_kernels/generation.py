@@ -6,16 +6,13 @@ import jax
 
 from pallas_kernels.deviceless.target import TARGETS
 
-HOPPER = 9
+HOPPER = 9  # Four warps multiply as one (wgmma); before, every warp alone (mma).
 
 
-def major() -> int:
-  """Compute capability of the GPU here, else of the one compiled for (deviceless), else Hopper's.
-
-  From Hopper on four warps multiply as one (wgmma, tcgen05); before, every warp alone (mma).
-  """
+def target() -> int | None:
+  """Major compute capability of the GPU here, else of the one compiled for; None without either."""
   if jax.default_backend() == "gpu":
     return int(jax.devices()[0].compute_capability.split(".")[0])
   device = jax.sharding.get_abstract_mesh().abstract_device
-  kinds = {target.description: target.major for target in TARGETS.values()}
-  return kinds.get(device.device_kind, HOPPER) if device is not None else HOPPER
+  kinds = {t.description: t.major for t in TARGETS.values()}
+  return None if device is None else kinds.get(device.device_kind)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import case
+from pallas_kernels import case, timing
 from pallas_kernels import rows as moved
 from pallas_kernels.embedding_bag import triton
 from pallas_kernels.embedding_bag.api import embedding_bag, embedding_bag_gradients
@@ -31,7 +31,8 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
       (jnp.asarray(rng.integers(0, TABLE, shape, np.int32)), jnp.asarray(rng.random(shape, "f")))
       for shape in ((N,), (S, L))
     ]
-    ours, padded = jax.jit(_ours), jax.jit(_padded)
+    ours = jax.jit(_ours, static_argnums=0)
+    padded = jax.jit(_padded)
     jagged_args = (table_RW, *bags[0], jnp.asarray(case.offsets(length_S)))
     padded_args = (table_RW, *bags[1], jnp.asarray(length_S))
     yield {
@@ -39,8 +40,8 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
       "shape": f"weighted_mean_{shape}",
       "baseline": BASELINE,
       **_work(length_S),
-      **pool_bench.times(
-        lambda ours=ours, args=jagged_args: ours(*args),
+      **timing.beside(
+        lambda name, ours=ours, args=jagged_args: lambda: ours(name, *args),
         lambda padded=padded, args=padded_args: padded(*args),
       ),
     }
@@ -58,10 +59,10 @@ def _work(length_S: np.ndarray) -> dict[str, Any]:
   return pool_bench.work(5 * N * WIDTH, size, 3 * N, visited, pool_triton.ROWS)
 
 
-def _ours(table_RW, id_N, weight_N, offsets_S1):
+def _ours(implementation, table_RW, id_N, weight_N, offsets_S1):
   args = (table_RW, id_N, offsets_S1, weight_N)
-  y_SW = embedding_bag(*args, mode="mean", implementation="xla")
-  return y_SW, embedding_bag_gradients(y_SW, *args, mode="mean", implementation="xla")
+  y_SW = embedding_bag(*args, mode="mean", implementation=implementation)
+  return y_SW, embedding_bag_gradients(y_SW, *args, mode="mean", implementation=implementation)
 
 
 def _padded(table_RW, id_SL, weight_SL, length_S):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from pallas_kernels.jagged_attention.visible import Visible, visible
 
 H, D = shapes.TIMED_HEADS, shapes.TIMED_WIDTH
 PRODUCTS = {"forward": 2, "backward": 5}  # Of D multiplications and additions, a pair.
+KERNELS = {"forward": 2, "backward_queries": 3, "backward_keys": 4}
 
 
 def rows(quick: bool) -> Iterator[dict[str, Any]]:
@@ -45,26 +47,28 @@ def seen_of(length_S: np.ndarray, options: dict[str, Any]) -> tuple[jax.Array, V
 def work(length_S: np.ndarray, options: dict[str, Any]) -> dict[str, Any]:
   """FLOPs and bytes that the pairs need, and those of the tiles that the kernels visit (bf16)."""
   offset_S1, seen = seen_of(length_S, options)
-  shape = triton.launch(D, 2, biased=False, direction="backward_keys")
   T = len(seen.lo_T)
   pairs = int(np.sum(np.asarray(seen.hi_T - seen.lo_T), dtype=np.int64))
-  by_queries = tiles.query_tiles(offset_S1, seen.lo_T, seen.hi_T, shape.queries)
-  by_keys = tiles.key_tiles(offset_S1, seen.lo_T, seen.hi_T, T, shape.keys)
-  visits = [
-    int(np.sum(-(-np.asarray(cut.last_N - cut.first_N) // other)))
-    for cut, other in ((by_queries, shape.keys), (by_keys, shape.queries))
-  ]
-  # The forward kernel and that of queries' gradients, 2 and 3 products, go by queries; the other,
-  # with 4, by keys. Scores are computed three times, and needed once forward and once backward.
-  needed = 2 * D * H * pairs * (2 + 5)
-  visited = 2 * D * H * shape.queries * shape.keys * (visits[0] * (2 + 3) + visits[1] * 4)
-  ideal = 2 * D * H * pairs * (2 + 3 + 4)
+  visited = tiles_visited = 0
+  for direction, products in KERNELS.items():
+    shape = triton.launch(D, 2, biased=False, direction=direction)
+    if direction == "backward_keys":
+      cut = tiles.key_tiles(offset_S1, seen.lo_T, seen.hi_T, T, shape.keys)
+    else:
+      cut = tiles.query_tiles(offset_S1, seen.lo_T, seen.hi_T, shape.queries)
+    other = shape.queries if direction == "backward_keys" else shape.keys
+    visits = H * int(np.sum(-(-np.asarray(cut.last_N - cut.first_N) // other)))
+    visited += 2 * D * shape.queries * shape.keys * visits * products
+    tiles_visited += visits
+  # Scores are computed three times, and needed once forward and once backward.
+  needed = 2 * D * H * pairs * sum(PRODUCTS.values())
+  ideal = 2 * D * H * pairs * sum(KERNELS.values())
   return {
     "flops_needed": needed,
     # q, k, v, out; then these, g, and three gradients: once each.
     "bytes_needed": 2 * T * H * D * (4 + 8),
     "flops_visited": visited,
-    "tiles_visited": (2 * visits[0] + visits[1]) * H,
+    "tiles_visited": tiles_visited,
     # Pairs that are seen, of all in the tiles visited, over the nine products that kernels make.
     "useful_tile_share": ideal / visited,
   }
@@ -92,20 +96,14 @@ def _ours(options: dict[str, Any], implementation: str | None) -> Callable:
 def _times(length_S: np.ndarray, options: dict[str, Any]) -> dict[str, float]:
   L = int(length_S.max())
   x_THD, x_SLHD = _random(int(length_S.sum()), H, D), _random(len(length_S), L, H, D)
-  ours, theirs = _with_gradient(_ours(options, "xla")), _with_gradient(_padded(options))
+  theirs = _with_gradient(_padded(options))
   offset_S1, length_S = jnp.asarray(case.offsets(length_S)), jnp.asarray(length_S)
-  seconds = timing.side_by_side(
-    {
-      "ours": lambda: ours(x_THD, x_THD, x_THD, offset_S1),
-      "theirs": lambda: theirs(x_SLHD, x_SLHD, x_SLHD, length_S),
-    },
-    repeats=5,
-  )
-  return {
-    "xla_ms": 1e3 * seconds["ours"],
-    "padded_ms": 1e3 * seconds["theirs"],
-    "xla_over_padded_speed": seconds["theirs"] / seconds["ours"],
-  }
+
+  def call(name: str) -> timing.Call:
+    ours = _with_gradient(_ours(options, name))
+    return lambda: ours(x_THD, x_THD, x_THD, offset_S1)
+
+  return timing.beside(call, lambda: theirs(x_SLHD, x_SLHD, x_SLHD, length_S), repeats=5)
 
 
 def _padded(options: dict[str, Any]) -> Callable:
@@ -165,42 +163,52 @@ def _fill(quick: bool) -> dict[str, Any]:
 
 
 def gpu_rows() -> Iterator[dict[str, Any]]:
-  """TFLOP/s of the kernels, and of cuDNN and tokamax where they have the function (softmax)."""
-  heads, width = 8, 128
-  for shape, length_S in (
-    ("8x4096", np.full(8, 4_096)),
-    ("zipf", shapes.lengths("zipf_mean100", False) * 8),
+  """TFLOP/s of the kernels, and of cuDNN and tokamax where they have the function (softmax).
+
+  Plans of tiles are made anew in every call, and counted.
+  """
+  for shape, length_S, heads, width in (
+    ("8x4096_w128", np.full(8, 4_096), 8, 128),
+    ("8x4096_w64", np.full(8, 4_096), 8, 64),
+    ("2x16384_w128", np.full(2, 16_384), 8, 128),
+    ("2x16384_w256", np.full(2, 16_384), 4, 256),
+    ("zipf_w128", shapes.lengths("zipf_mean100", False) * 8, 8, 128),
   ):
     for activation in ("softmax", "silu"):
       options = {"causal": True, "activation": activation}
       if activation == "silu":
-        options["norm"] = float(length_S.max())
-      x_THD = _random(int(length_S.sum()), heads, width).astype(jnp.bfloat16)
-      offset_S1, seen = seen_of(length_S, options)
-      pairs = int(np.sum(np.asarray(seen.hi_T - seen.lo_T), dtype=np.int64))
-      rivals = {"triton": (_ours(options, "triton"), (x_THD, x_THD, x_THD, offset_S1))}
-      if activation == "softmax" and shape != "zipf":
-        x_SLHD = x_THD.reshape(len(length_S), -1, heads, width)
-        dense = lambda q, k, v: jax.nn.dot_product_attention(
-          q, k, v, is_causal=True, implementation="cudnn"
-        )
-        rivals["cudnn"] = (dense, (x_SLHD,) * 3)
-        if importlib.util.find_spec("tokamax"):
-          import tokamax
+        options |= {"norm": float(length_S.max()), "scale": width**-0.5}
+      yield {
+        "op": "jagged_attention",
+        "shape": f"gpu_{shape}_{activation}",
+        **_tflops(length_S, heads, width, options),
+      }
 
-          fused = lambda q, k, v: tokamax.dot_product_attention(q, k, v, is_causal=True)
-          rivals["tokamax"] = (fused, (x_SLHD,) * 3)
-      calls = {}
-      for name, (fn, args) in rivals.items():
-        forward, both = jax.jit(fn), _with_gradient(fn)
-        calls[name, "forward"] = lambda f=forward, a=args: f(*a)
-        calls[name, "both"] = lambda f=both, a=args: f(*a)
-      seconds = timing.side_by_side(calls)
-      row = {"op": "jagged_attention", "shape": f"gpu_{shape}_{activation}"}
-      for name in rivals:
-        took = {"forward": seconds[name, "forward"]}
-        took["backward"] = seconds[name, "both"] - took["forward"]
-        for direction, products in PRODUCTS.items():
-          flops = 2 * width * heads * pairs * products
-          row[f"{name}_{direction}_tflops"] = flops / took[direction] / 1e12
-      yield row
+
+def _tflops(length_S: np.ndarray, heads: int, width: int, options) -> dict[str, float]:
+  x_THD = _random(int(length_S.sum()), heads, width).astype(jnp.bfloat16)
+  offset_S1, seen = seen_of(length_S, options)
+  pairs = int(np.sum(np.asarray(seen.hi_T - seen.lo_T), dtype=np.int64))
+  args = (x_THD, x_THD, x_THD, offset_S1)
+  rivals = {"kernel": (_ours(options, None), args), "triton": (_ours(options, "triton"), args)}
+  if options["activation"] == "softmax" and len(set(length_S)) == 1 and width <= 128:
+    dense = (x_THD.reshape(len(length_S), -1, heads, width),) * 3
+    cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    rivals["cudnn"] = (cudnn, dense)
+    if importlib.util.find_spec("tokamax"):
+      import tokamax
+
+      rivals["tokamax"] = (functools.partial(tokamax.dot_product_attention, is_causal=True), dense)
+  calls = {}
+  for name, (fn, args) in rivals.items():
+    calls[name, "forward"] = functools.partial(jax.jit(fn), *args)
+    calls[name, "both"] = functools.partial(_with_gradient(fn), *args)
+  seconds = timing.side_by_side(calls)
+  found = {}
+  for name in rivals:
+    took = {"forward": seconds[name, "forward"]}
+    took["backward"] = seconds[name, "both"] - took["forward"]
+    for direction, products in PRODUCTS.items():
+      flops = 2 * width * heads * pairs * products
+      found[f"{name}_{direction}_tflops"] = flops / took[direction] / 1e12
+  return found

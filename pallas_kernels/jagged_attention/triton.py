@@ -37,14 +37,34 @@ from pallas_kernels.jagged_attention.triton_rows import (
 WIDTHS = (16, 256)  # Tensor cores take no less than 16; registers hold no more than 256.
 MOST_BUCKETS = 512
 _WHOLE = pl.no_block_spec
+_HOPPER = {  # (width, direction, biased), of bf16 and fp16.
+  (32, "forward", False): Launch(64, 64, 4, 3),
+  (32, "backward_queries", False): Launch(64, 64, 4, 2),
+  (32, "backward_keys", False): Launch(64, 64, 4, 2),
+  (64, "forward", False): Launch(64, 64, 4, 3),
+  (64, "backward_queries", False): Launch(64, 64, 4, 3),
+  (64, "backward_keys", False): Launch(64, 64, 4, 3),
+  (64, "forward", True): Launch(64, 32, 4, 1),
+  (64, "backward_queries", True): Launch(64, 32, 4, 1),
+  (64, "backward_keys", True): Launch(64, 64, 4, 1),
+  (128, "forward", False): Launch(64, 64, 4, 3),
+  (128, "backward_queries", False): Launch(64, 64, 4, 2),
+  (128, "backward_keys", False): Launch(32, 64, 4, 4),
+  (128, "forward", True): Launch(64, 32, 4, 1),
+  (128, "backward_queries", True): Launch(64, 32, 4, 1),
+}
 
 
 def launch(width: int, itemsize: int, biased: bool, direction: str) -> Launch:
   """Tiles whose registers do not spill on sm_80, sm_90a and sm_100a (pallas_kernels.report).
 
   Registers grow with the bytes of a row, twice as much where float32 goes to tensor cores as TF32.
-  A bias needs an address for every pair, and masked columns a mask.
+  A bias needs an address for every pair, and masked columns a mask. Hopper's are the fastest of
+  those, on an H100.
   """
+  measured = _HOPPER.get((width, direction, biased)) if itemsize == 2 else None
+  if measured and (generation.target() or generation.HOPPER) == generation.HOPPER:
+    return measured
   padded = power(width)
   load = padded * itemsize * (2 if itemsize == 4 else 1)
   if biased:
@@ -53,8 +73,6 @@ def launch(width: int, itemsize: int, biased: bool, direction: str) -> Launch:
     return Launch(32, 32 if load <= 1024 else 16, 8, 1)
   if padded != width:
     return Launch(64, 32, 8, 1)
-  if load in (128, 256) and generation.major() >= generation.HOPPER:
-    return Launch(64, 64, 4, 3 if (load == 256) == (direction == "forward") else 2)
   keys = 64 if 128 <= load <= 256 else 32
   return Launch(64, keys, 4 if load == 256 and direction == "forward" else 8, 2)
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import timing
 from pallas_kernels.jagged_concat.api import jagged_concat
 from pallas_kernels.jagged_pool import bench as pool_bench
 
@@ -19,9 +20,9 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
   for shape, length_S, L in pool_bench.timed_lengths(quick):
     offsets, x_TW, x_SLW = pool_bench.events(length_S, L)
     lengths, T = jnp.asarray(length_S), len(x_TW)
-    ours = pool_bench.with_gradient(
-      lambda x, z, offsets: jagged_concat((x, z), (offsets, offsets), implementation="xla")[0],
-      (x_TW, x_TW),
+    ours = lambda name, x=x_TW, offsets=offsets: pool_bench.with_gradient(
+      lambda x, z, offsets: jagged_concat((x, z), (offsets, offsets), implementation=name)[0],
+      (x, x),
       offsets,
     )
     theirs = pool_bench.with_gradient(_padded, (x_SLW, x_SLW), lengths)
@@ -30,7 +31,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
       "shape": f"two_{shape}",
       "baseline": BASELINE,
       **pool_bench.move_work(4 * T, [2 * T, T, T]),
-      **pool_bench.times(ours, theirs),
+      **timing.beside(ours, theirs),
     }
 
 

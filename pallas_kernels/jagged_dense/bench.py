@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import timing
 from pallas_kernels.jagged_dense.api import dense_to_jagged, jagged_to_dense
 from pallas_kernels.jagged_pool import bench as pool_bench
 
@@ -21,12 +23,12 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
     T, S = len(x_TW), len(length_S)
     fns = {
       "to_dense": (
-        lambda x, offsets, L=L: jagged_to_dense(x, offsets, L, implementation="xla"),
+        functools.partial(jagged_to_dense, max_length=L),
         lambda x, offsets, L=L: _to_dense(x, offsets, L),
         x_TW,
       ),
       "to_jagged": (
-        lambda y, offsets, T=T: dense_to_jagged(y, offsets, T, implementation="xla"),
+        functools.partial(dense_to_jagged, rows_out=T),
         lambda y, offsets, T=T: _to_jagged(y, offsets, T),
         x_SLW,
       ),
@@ -37,8 +39,10 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
         "shape": f"{name}_{shape}",
         "baseline": BASELINE,
         **pool_bench.move_work(2 * T, [S * L, T]),
-        **pool_bench.times(
-          pool_bench.with_gradient(ours, (x,), offsets),
+        **timing.beside(
+          lambda name, ours=ours, x=x, o=offsets: pool_bench.with_gradient(
+            functools.partial(ours, implementation=name), (x,), o
+          ),
           pool_bench.with_gradient(theirs, (x,), offsets),
         ),
       }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,9 +25,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
   for shape, length_S, L in timed_lengths(quick):
     for mode in shapes.KERNELS:
       k = min(shapes.LAST, L) if mode == "last" else None
-      pool = lambda x, offsets, mode=mode, k=k: jagged_pool(
-        x, offsets, mode=mode, k=k, implementation="xla"
-      )
+      pool = functools.partial(jagged_pool, mode=mode, k=k)
       padded = lambda x, length_S, mode=mode, k=k: _padded(x, length_S, mode, k)
       S = len(length_S)
       offsets, x_TW, x_SLW = events(length_S, L)
@@ -35,8 +34,10 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
         "shape": f"{mode}_{shape}",
         "baseline": PADDED,
         **_work(length_S, mode, S * k if k else S),
-        **times(
-          with_gradient(pool, (x_TW,), offsets),
+        **timing.beside(
+          lambda name, pool=pool, x=x_TW, o=offsets: with_gradient(
+            functools.partial(pool, implementation=name), (x,), o
+          ),
           with_gradient(padded, (x_SLW,), jnp.asarray(length_S)),
         ),
       }
@@ -65,13 +66,6 @@ def with_gradient(fn: Callable, xs: tuple, *others: Any) -> Callable[[], Any]:
     return y, pullback(y)  # Any cotangent will do.
 
   return lambda: both(xs, others)
-
-
-def times(ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
-  """Milliseconds side by side."""
-  seconds = timing.side_by_side({"ours": ours, "theirs": theirs})
-  ours, theirs = seconds["ours"], seconds["theirs"]
-  return {"xla_ms": 1e3 * ours, "padded_ms": 1e3 * theirs, "xla_over_padded_speed": theirs / ours}
 
 
 def work(flops: float, size: float, needed: float, visited: float, tile: int) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from pallas_kernels import timing
 from pallas_kernels.quantize_fp8 import layout, shapes, triton
 from pallas_kernels.quantize_fp8.api import OP
-from pallas_kernels.timing import side_by_side
 
 # Operations of integers and floats an element, counted in form.py and noise.py.
 ROUNDING, NOISE = 26, 13
@@ -55,14 +55,9 @@ def times(shape: shapes.Shape) -> dict[str, float]:
   """Milliseconds side by side."""
   x = np.random.default_rng(0).standard_normal(shape.x, np.float32)
   x = jnp.asarray(x, shape.of)
-  ours = jax.jit(functools.partial(shapes.quantize, shape, "xla"))
+  ours = lambda name: functools.partial(jax.jit(functools.partial(shapes.quantize, shape, name)), x)
   theirs = jax.jit(functools.partial(_plain, shape))
-  seconds = side_by_side({"ours": lambda: ours(x), "theirs": lambda: theirs(x)})
-  return {
-    "xla_ms": 1e3 * seconds["ours"],
-    "padded_ms": 1e3 * seconds["theirs"],
-    "xla_over_padded_speed": seconds["theirs"] / seconds["ours"],
-  }
+  return timing.beside(ours, lambda: theirs(x))
 
 
 def _plain(shape: shapes.Shape, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import timing
 from pallas_kernels.rowwise_adagrad import triton
 from pallas_kernels.rowwise_adagrad.api import rowwise_adagrad_update
 from pallas_kernels.rowwise_adagrad.runs import sorted_runs
 from pallas_kernels.rowwise_adagrad.shapes import SHAPES, Shape
-from pallas_kernels.timing import side_by_side
 
 LR, EPS = 0.05, 1e-8
 BASELINE = "dense gradient of the table's shape, AdaGrad over all rows; ours sorts the ids, too"
@@ -53,11 +54,10 @@ def times(shape: Shape) -> dict[str, float]:
   row_N = jnp.asarray(shape.draw())
   grad_NW = jnp.asarray(rng.standard_normal((shape.gradients, shape.width), np.float32))
 
-  def sparse(table_RW, v_R, grad_NW, row_N):
+  def sparse(implementation, table_RW, v_R, grad_NW, row_N):
     runs = sorted_runs(row_N, shape.rows)
-    return rowwise_adagrad_update(
-      table_RW, v_R, grad_NW, *runs, lr=LR, eps=EPS, implementation="xla"
-    )
+    options = {"lr": LR, "eps": EPS, "implementation": implementation}
+    return rowwise_adagrad_update(table_RW, v_R, grad_NW, *runs, **options)
 
   def dense(table_RW, v_R, grad_NW, row_N):
     grad_RW = jnp.zeros(table_RW.shape, jnp.float32).at[row_N].add(grad_NW)
@@ -65,10 +65,8 @@ def times(shape: Shape) -> dict[str, float]:
     step_RW = LR * grad_RW / (jnp.sqrt(v_R)[:, None] + EPS)
     return (table_RW - step_RW).astype(table_RW.dtype), v_R
 
-  steppers = (_stepper(update, shape, grad_NW, row_N) for update in (sparse, dense))
-  seconds = side_by_side(dict(zip(("sparse", "dense"), steppers)))
-  ours, theirs = seconds["sparse"], seconds["dense"]
-  return {"xla_ms": 1e3 * ours, "padded_ms": 1e3 * theirs, "xla_over_padded_speed": theirs / ours}
+  step = lambda update: _stepper(update, shape, grad_NW, row_N)
+  return timing.beside(lambda name: step(functools.partial(sparse, name)), step(dense))
 
 
 def _stepper(update, shape: Shape, *batch):
