@@ -21,6 +21,8 @@ FIELDS, ROWS, DIM, BATCH = 39, 1_000_000, 64, 4096
 LAYERS, FMB_UNITS, LCB_UNITS, RANK = 3, 40, 40, 8
 MLP, HEAD = (512, 256), (512, 256)
 DENSE_RATE, TABLE_RATE, EPS = 1e-3, 0.05, 1e-8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cuda.matmul.allow_tf32 = True  # As JAX multiplies float32 on a GPU.
 WARMUP = 1000  # Steps over which both learning rates rise in a line, as in the paper.
 
 
@@ -98,7 +100,7 @@ class RowwiseAdagrad:
   """
 
   def __init__(self, table_RD: nn.Parameter):
-    self.table_RD, self.v_R = table_RD, torch.zeros(len(table_RD))
+    self.table_RD, self.v_R = table_RD, torch.zeros(len(table_RD), device=DEVICE)
 
   @torch.no_grad()
   def step(self, learning_rate: float) -> None:
@@ -123,8 +125,8 @@ class TorchTrainer:
 
   def step(self, ids_BS: np.ndarray, label_B: np.ndarray) -> float:
     """Trains one batch; returns its mean log loss before the update."""
-    logits_B = self.model(torch.from_numpy(ids_BS))
-    label_B = torch.from_numpy(label_B)
+    logits_B = self.model(torch.from_numpy(ids_BS).to(DEVICE))
+    label_B = torch.from_numpy(label_B).to(DEVICE)
     loss = nn.functional.binary_cross_entropy_with_logits(logits_B, label_B)
     loss.backward()
     self.steps += 1
@@ -140,4 +142,4 @@ def trainer_of(weights: dict[str, np.ndarray], rows: int) -> TorchTrainer:
   """A trainer that starts from `weights`."""
   model = TorchWukong(rows=rows)
   model.load_weights(weights)
-  return TorchTrainer(model)
+  return TorchTrainer(model.to(DEVICE))

@@ -1,4 +1,4 @@
-"""The training step on this machine's cores: against table size, plain PyTorch, and FBGEMM.
+"""The training step on this machine: against table size, plain PyTorch, and FBGEMM on the CPU.
 
 Peers take turns with gemjax within one run on the same cores; figures are medians.
 """
