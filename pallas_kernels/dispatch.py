@@ -33,7 +33,7 @@ def dispatch(
   implementations: dict[str, Implementation],
   *args: Any,
   refusal: str | None = None,
-  kernel: str = "triton",
+  kernel: str | None = "triton",
 ) -> Any:
   """implementations[the chosen one](*args).
 
@@ -44,7 +44,7 @@ def dispatch(
       results of the same shapes and dtypes.
     *args: Pytrees of arrays; everything static is bound into the implementations before.
     refusal: Why the kernel cannot do it, in one sentence with the values; None where it can.
-    kernel: The one that the rule takes.
+    kernel: The one that the rule takes; None where XLA is faster.
 
   Raises:
     Refused: An unknown name, or a kernel asked for by name that refuses.

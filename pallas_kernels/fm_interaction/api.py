@@ -60,6 +60,9 @@ def fm_interaction(
   return _fm(eps, implementation, x_BND, y, scale_F, bias_F)
 
 
+_MOST_PAIRS = 2_048  # N K of the kernel that the rule takes.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fm(eps, implementation, x_BND, y, scale_F, bias_F):
   return _run("forward", eps, implementation, x_BND, y, scale_F, bias_F)
@@ -81,8 +84,11 @@ def _run(direction, eps, implementation, x_BND, y, *rest):
     m.__name__.rpartition(".")[2]: functools.partial(getattr(m, direction), eps=eps)
     for m in (xla, triton, reference)
   }
+  # Beyond, its pieces of X Xᵀ Y are slower than cuBLAS on an H100 (pallas_kernels.bench).
+  kernel = "triton" if x_BND.shape[1] * y.shape[-1] <= _MOST_PAIRS else None
   why_not = refusal(x_BND.dtype)
-  return dispatch("fm_interaction", implementation, choices, x_BND, y, *rest, refusal=why_not)
+  args = (x_BND, y, *rest)
+  return dispatch("fm_interaction", implementation, choices, *args, refusal=why_not, kernel=kernel)
 
 
 def _check(x_BND, y, scale_F, bias_F, eps):

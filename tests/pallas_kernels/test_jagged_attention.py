@@ -24,6 +24,7 @@ from attention_cases import (
   run,
   with_gradient,
 )
+from compiled_quickly import ON_GPU
 
 from pallas_kernels.case import LENGTHS, offsets
 from pallas_kernels.jagged_attention.api import jagged_attention
@@ -42,6 +43,16 @@ def test_many_short_segments(implementation):
   shape = {"name": "many_short", "width": 16, "heads": 1}
   found = run(implementation, "gelu_window", case_of(**shape))
   assert_close(found, expected("gelu_window", **shape), TOLERANCE["float32"])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="on a CPU it has a test file of its own, and an interpreter")
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("width", (64, 128, 256))
+@pytest.mark.parametrize("form", ("softmax", "gelu_window", "relu2_blocks"))
+def test_mosaic(form, width, dtype):
+  for name in ("around_block", "zipf"):
+    shape = {"name": name, "dtype": dtype, "width": width}
+    assert_close(run("mosaic", form, case_of(**shape)), expected(form, **shape), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
