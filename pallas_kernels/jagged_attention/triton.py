@@ -73,8 +73,9 @@ def launch(width: int, itemsize: int, biased: bool, direction: str) -> Launch:
     return Launch(32, 32 if load <= 1024 else 16, 8, 1)
   if padded != width:
     return Launch(64, 32, 8, 1)
-  keys = 64 if 128 <= load <= 256 else 32
-  return Launch(64, keys, 4 if load == 256 and direction == "forward" else 8, 2)
+  if load == 256 and direction == "forward":
+    return Launch(64, 32, 4, 2)
+  return Launch(64, 64 if 128 <= load <= 256 else 32, 8, 2)
 
 
 def refusal(q_THD: jax.Array, k_EHD: jax.Array, tables: tuple[jax.Array, ...]) -> str | None:
