@@ -30,6 +30,7 @@ from pallas_kernels.jagged_attention.triton_rows import (
   biased_score,
   functions,
   ids,
+  lean,
   power,
   split,
 )
@@ -131,7 +132,7 @@ def _forward_kernel(form, shape: Launch, f, width, heads, biased, *refs):
 
   zero_B = jnp.zeros((shape.queries,), jnp.float32)
   start = jnp.zeros((shape.queries, power(width)), jnp.float32), zero_B - jnp.inf, zero_B
-  out_BW, top_B, sum_B = stretch.over(shape.keys, body, start, divided=not biased)
+  out_BW, top_B, sum_B = stretch.over(shape.keys, body, start, divided=lean(q_ref, biased))
   if form.softmax:
     sum_B = jnp.where(sum_B > 0, sum_B, 1.0)
     out_BW = out_BW / sum_B[:, None]

@@ -15,6 +15,7 @@ from pallas_kernels.jagged_attention.triton_rows import (
   Stretch,
   biased_score,
   ids,
+  lean,
   power,
   split,
 )
@@ -73,7 +74,7 @@ def of_queries(form, shape: Launch, f, width, heads, biased, *refs):
 
   zeros = [jnp.zeros((power(ref.shape[1]),), jnp.float32) for ref in tables]
   start = jnp.zeros((shape.queries, power(width)), jnp.float32), *zeros
-  dq_BW, *dtables = stretch.over(shape.keys, body, start, divided=not biased)
+  dq_BW, *dtables = stretch.over(shape.keys, body, start, divided=lean(q_ref, biased))
   queries.store(dq_ref, dq_BW * form.scale)
   for ref, sum_F in zip(dtable_refs, dtables):
     column_F = jnp.arange(len(sum_F), dtype=jnp.int32)
@@ -127,6 +128,6 @@ def of_keys(form, shape: Launch, f, width, heads, biased, *refs):
     return dk_KW + plgpu.dot(slope.astype(q_BW.dtype), q_BW), dv_KW
 
   zero = jnp.zeros((shape.keys, power(width)), jnp.float32)
-  dk_KW, dv_KW = stretch.over(shape.queries, body, (zero, zero), divided=not biased)
+  dk_KW, dv_KW = stretch.over(shape.queries, body, (zero, zero), divided=lean(q_ref, biased))
   keys.store(dk_ref, dk_KW * form.scale)
   keys.store(dv_ref, dv_KW)

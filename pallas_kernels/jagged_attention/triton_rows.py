@@ -97,6 +97,11 @@ class Stretch(NamedTuple):
     )
 
 
+def lean(ref, biased: int) -> bool:
+  """Whether registers suffice for two loops: float32 and biases take those of one."""
+  return ref.dtype.itemsize == 2 and not biased
+
+
 class Functions(NamedTuple):
   """Of scores, as exact as the dtype that weights are rounded to."""
 
