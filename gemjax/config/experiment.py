@@ -93,6 +93,13 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class Compilation:
+  # Where compiled programs are kept for the next start: workdir (its folder "compiled") | off | a
+  # folder, which several runs may share; see gemjax/train/cache.py.
+  cache: str = "workdir"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Config:
   """One experiment."""
 
@@ -104,6 +111,7 @@ class Config:
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   train: Train = dataclasses.field(default_factory=Train)
   checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+  compilation: Compilation = dataclasses.field(default_factory=Compilation)
 
   def to_json(self) -> dict[str, Any]:
     return fields.to_json(self)
@@ -186,6 +194,8 @@ class Config:
     one_of(train.stop_metric, "train.stop_metric", "auc", "gauc", "ne", "log_loss")
     _need(self.checkpoint.every >= 0, "checkpoint.every", self.checkpoint.every, "at least 0")
     _need(self.checkpoint.keep >= 1, "checkpoint.keep", self.checkpoint.keep, "at least 1")
+    law = "workdir, off or a folder"
+    _need(self.compilation.cache, "compilation.cache", self.compilation.cache, law)
 
 
 # Fields that may change between the start of a run and its resumption: they move no weight, the
@@ -201,6 +211,7 @@ FREE_ON_RESUME = (
   "train.patience",
   "checkpoint.every",
   "checkpoint.keep",
+  "compilation.cache",
 )  # fmt: skip
 
 

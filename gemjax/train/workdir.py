@@ -12,7 +12,7 @@ from gemjax import config as config_lib
 from gemjax.features import FeatureSet
 
 RUN, SUMMARY, CHECKPOINTS, DATA = "run.json", "summary.json", "checkpoints", "data"
-LOCK = "lock"
+COMPILED, LOCK = "compiled", "lock"
 
 
 class WorkdirError(ValueError):
@@ -56,24 +56,31 @@ class Workdir:
       self.path.rmdir()
     self._lock.close()
 
+  @property
+  def saved(self) -> list[int]:
+    """Steps of its complete checkpoints, ascending; Orbax need not be imported for it."""
+    folder = self.path / CHECKPOINTS
+    return sorted(int(f.name) for f in folder.glob("[0-9]*") if f.name.isdigit())
+
   def claim(
     self,
     config: config_lib.Config,
     features: FeatureSet,
     digests: dict[str, int],
-    *,
-    begun: bool,
   ) -> None:
-    """Records config, features and the digest of every split of the data; once training has
-    `begun`, they must agree with the record.
+    """Records config, features and the digest of every split of the data; where there are
+    checkpoints, they must agree with the record.
 
     Raises:
       WorkdirError: the field that differs, with both values.
     """
-    if begun:
+    if self.saved:
       before = read_run(self.path)
-      found = config_lib.difference(before["config"], config.to_json())
-      if found:
+      try:  # A field that is younger than the run had its default.
+        old = config_lib.Config.from_json(before["config"]).to_json()
+      except config_lib.ConfigError as error:
+        raise WorkdirError(f"{self.path / RUN}: {error}; name another --workdir") from error
+      if found := config_lib.difference(old, config.to_json()):
         raise WorkdirError(f"{self.path} holds a run in which {found}; name another --workdir")
       check_features(self.path, before["features"], features)
       for split, digest in before["digests"].items():
