@@ -18,6 +18,7 @@ _SUITES = (
   "data",
   "movielens",
   "sharding",
+  "start_up",
   "train_step",
 )  # Modules of launch/benchmarks with a `run`.
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "What to measure.", required=True)

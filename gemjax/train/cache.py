@@ -16,6 +16,7 @@ import os
 import pathlib
 import platform
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 
@@ -36,6 +37,7 @@ class Cache:
   def __init__(self, folder: pathlib.Path | None, *, writes: bool = True):
     self.folder, self._writes = folder, writes
     self._told = False
+    self._aside = threading.local()
 
   def get(self, name: str) -> bytes | None:
     """What was put, or None where there is nothing or not that."""
@@ -79,12 +81,10 @@ class Cache:
 
   @contextlib.contextmanager
   def behind_jax(self) -> Iterator[None]:
-    """JAX looks here before it compiles anything, however small; not where the user has named
-    another place by JAX_COMPILATION_CACHE_DIR, or where this cache has no folder.
-    """
+    """JAX looks here before it compiles anything, however small."""
     from jax._src import compilation_cache  # JAX has no public place for a cache of one's own.
 
-    if self.folder is None or jax.config.jax_compilation_cache_dir:
+    if self.folder is None:
       yield
       return
     names = {
@@ -104,6 +104,21 @@ class Cache:
       for name, value in before.items():
         jax.config.update(name, value)
       compilation_cache.reset_cache()
+
+  @contextlib.contextmanager
+  def aside(self) -> Iterator[None]:
+    """What this thread compiles really is compiled, and not kept for JAX: of what XLA's CPU client
+    has read it writes only a part, and so no executable could be made of it.
+    """
+    self._aside.now = True
+    try:
+      yield
+    finally:
+      self._aside.now = False
+
+  @property
+  def is_aside(self) -> bool:
+    return getattr(self._aside, "now", False)
 
   def _make_room(self, size: int) -> None:
     found = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in self.folder.iterdir())
@@ -127,10 +142,11 @@ def _jax_cache(cache: Cache):
     _path = cache.folder
 
     def get(self, key: str) -> bytes | None:
-      return cache.get(f"{key}-{host()}")
+      return None if cache.is_aside else cache.get(f"{key}-{host()}")
 
     def put(self, key: str, value: bytes) -> None:
-      cache.put(f"{key}-{host()}", value)
+      if not cache.is_aside:
+        cache.put(f"{key}-{host()}", value)
 
   return JaxCache()
 

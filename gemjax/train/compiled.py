@@ -22,7 +22,7 @@ class Compiled:
   Args:
     name: Of the program, among the `executables`.
     function: Of arguments whose shapes follow from those named by `varying`.
-    executables: Of this run; without them nothing is kept.
+    executables: Of this run.
     varying: Positions of the arguments that come in several shapes.
     donate: Positions of the arguments that are overwritten.
     out_shardings: Where the results lie.
@@ -32,7 +32,7 @@ class Compiled:
     self,
     name: str,
     function: Callable,
-    executables: Executables | None = None,
+    executables: Executables,
     *,
     varying: tuple[int, ...] = (),
     donate: tuple[int, ...] = (),
@@ -67,16 +67,7 @@ class Compiled:
 
   def _made(self, key: Any, args: Callable[[], tuple]) -> Executable:
     def make() -> Executable:
-      if self._executables and (loaded := self._executables.load(self._name, key)):
-        return loaded
-      lowered = self._jitted.lower(*args())
-      compiled = Executable(lowered.compile(), jax.tree.map(_shape, lowered.out_info))
-      if self._executables:
-        self._executables.keep(self._name, key, compiled)
-      return compiled
+      loaded = self._executables.load(self._name, key)
+      return loaded or self._executables.compile(self._name, key, self._jitted.lower(*args()))
 
-    return after_first_process(self._name, make) if self._executables else make()
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return after_first_process(self._name, make)

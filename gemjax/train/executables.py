@@ -37,7 +37,7 @@ class Executable(NamedTuple):
 
 
 class Executables:
-  """Those of one run, in its cache.
+  """Those of one run, in its cache; without one nothing is kept.
 
   Args:
     cache: Where they are kept.
@@ -45,8 +45,13 @@ class Executables:
     say: Is told in one sentence why an older executable does not serve.
   """
 
-  def __init__(self, cache: Cache, origin: dict[str, Any], say: Callable[[str], None] = print):
-    self._cache, self._origin, self._say = cache, origin, say
+  def __init__(
+    self,
+    cache: Cache | None = None,
+    origin: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+  ):
+    self._cache, self._origin, self._say = cache or Cache(None), origin or {}, say
 
   def of(self, **origin: Any) -> Executables:
     """Those of programs that follow from more."""
@@ -74,23 +79,28 @@ class Executables:
       self._say(f"{program} is compiled anew: its executable cannot be loaded ({first[:200]})")
       return None
 
-  def keep(self, program: str, arguments: Any, executable: Executable) -> None:
-    """Before its first call, after which XLA's CPU client cannot write it any more."""
+  def compile(self, program: str, arguments: Any, lowered: jax.stages.Lowered) -> Executable:
+    """Compiles a program and keeps it: before its first call, after which XLA's CPU client cannot
+    write it any more.
+    """
+    outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
     if self._cache.folder is None:
-      return
+      return Executable(lowered.compile(), outputs)
     from jax.experimental import serialize_executable
 
+    with self._cache.aside():
+      made = Executable(lowered.compile(), outputs)
     try:
-      serialized, in_tree, out_tree = serialize_executable.serialize(executable.call)
+      serialized, in_tree, out_tree = serialize_executable.serialize(made.call)
     except Exception as error:  # Not every backend can.
       self._say(f"{program} cannot be kept ({(str(error) or type(error).__name__)[:200]})")
-      return
+      return made
     origin = self._origin | {"arguments": arguments}
-    outputs = jax.tree.leaves(executable.outputs)
-    content = pickle.dumps((serialized, in_tree, out_tree, outputs))
+    content = pickle.dumps((serialized, in_tree, out_tree, jax.tree.leaves(outputs)))
     header = json.dumps(origin).encode()
     value = len(header).to_bytes(4, "little") + header + content
     self._cache.put(_name(program, origin), value)
+    return made
 
 
 def origin_of(

@@ -17,20 +17,17 @@ from gemjax import metrics
 from gemjax.parallel.arrays import of_all_processes
 from gemjax.train import summary as summary_lib
 from gemjax.train.evaluate import PredictionError, evaluate
+from gemjax.train.finite import NonFiniteError, first_not_finite, learning_rate
 from gemjax.train.progress import Phases, Progress
 from gemjax.train.setup import Setup, evaluation, set_up
-from gemjax.train.state import NEVER, TrainState, not_finite, parameter_counts
+from gemjax.train.state import TrainState, parameter_counts
 from gemjax.train.step import Report
 from gemjax.train.stopping import BestSoFar
 from gemjax.train.termination import Terminated, Termination
-from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, write_json
+from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, saved_steps, write_json
 
 if TYPE_CHECKING:
   from gemjax.checkpoint import Checkpoints
-
-
-class NonFiniteError(RuntimeError):
-  """Training met a value that is not finite."""
 
 
 def train(
@@ -106,7 +103,7 @@ class _Run:
     """The state of the last checkpoint, or that before the first step, while another thread reads
     the first batch and has its programs ready.
     """
-    resumed = bool(self.folder.saved)
+    resumed = bool(saved_steps(self.folder.path))
     if resumed:
       self._recall(self.checkpoints.notes())
     self.peers.phase("first batch")
@@ -124,7 +121,7 @@ class _Run:
   def _prepare(self) -> None:
     start = time.perf_counter()
     first = self.feed.upcoming
-    if (self.folder.saved or [0])[-1] < self.steps:
+    if (saved_steps(self.folder.path) or [0])[-1] < self.steps:
       second = self.feed.ahead(1)
       self.phases.add("first batch", time.perf_counter() - start)
       self.programs.prepare(first, second)
@@ -208,34 +205,20 @@ class _Run:
       scalars["exchange_rounds"] = rounds
     if self.data.features.history:
       scalars |= {"padding": self.feed.padding(), "programs": self.feed.programs}
-    self.progress.log(done, scalars | {"learning_rate": self._learning_rate(done - 1)})
+    self.progress.log(done, scalars | {"learning_rate": learning_rate(self.trainer, done - 1)})
     if not math.isfinite(loss):
       self._check_finite(state)
 
   def _train_metrics(self, state: TrainState) -> dict[str, dict[str, float]]:
     return metrics.result(jax.device_get(state.sums), self.data.features.tasks)
 
-  def _learning_rate(self, step: int) -> float:
-    return self.config.optimizer.learning_rate * float(self.trainer.share(step))
-
   def _check_finite(self, state: TrainState) -> None:
-    bad = {part: int(step) for part, step in jax.device_get(state.bad_step).items()}
-    step = min(bad.values())
-    if step != NEVER:
-      raise self._not_finite(step, [part for part, first in bad.items() if first == step])
-    if parts := not_finite(state):
-      raise self._not_finite(int(state.step) - 1, parts)
+    if (found := first_not_finite(state)) is not None:
+      raise self._not_finite(*found)
 
   def _not_finite(self, step: int, parts: list[str]) -> NonFiniteError:
     self.checkpoints.wait()
-    kept = self.checkpoints.steps
-    return NonFiniteError(
-      f"step {step + 1:,}: not finite: {', '.join(parts)}; the learning rates were "
-      f"{self._learning_rate(step):.3g} (dense) and "
-      f"{self.config.embedding.learning_rate * float(self.trainer.share(step)):.3g} (tables); "
-      + (f"the checkpoint of step {kept[-1]:,} is intact; " if kept else "")
-      + "lower them, or set config.optimizer.clip_norm"
-    )
+    return NonFiniteError(self.trainer, step, parts, self.checkpoints.steps)
 
   def _evaluate(self, state: TrainState, done: int) -> TrainState:
     """Measures on valid, remembers the best, and begins a new window of training metrics."""

@@ -39,6 +39,7 @@ class Programs:
   """
 
   def __init__(self, trainer: Trainer, executables: Executables | None = None):
+    executables = executables or Executables()
     self._trainer, self._executables = trainer, executables
     self._shardings = trainer.shardings
     self._plan: Compiled | None = None
@@ -151,8 +152,8 @@ class Programs:
       )
     return self._predict
 
-  def _kept(self, trainer: Trainer) -> Executables | None:
-    return self._executables and self._executables.of(capacity=trainer.tables.capacity)
+  def _kept(self, trainer: Trainer) -> Executables:
+    return self._executables.of(capacity=trainer.tables.capacity)
 
 
 def measured(trainer: Trainer, batch: Any) -> Trainer:

@@ -122,6 +122,8 @@ def evaluation(config: config_lib.Config, run: Setup, split: str):
 
 
 def _cache_folder(config: config_lib.Config, folder: Workdir) -> pathlib.Path | None:
+  if jax.config.jax_compilation_cache_dir:  # By JAX_COMPILATION_CACHE_DIR: as the user says.
+    return None
   places = {"workdir": folder.path / COMPILED, "off": None}
   named = config.compilation.cache
   return places[named] if named in places else pathlib.Path(named).absolute()

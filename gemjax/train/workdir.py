@@ -56,12 +56,6 @@ class Workdir:
       self.path.rmdir()
     self._lock.close()
 
-  @property
-  def saved(self) -> list[int]:
-    """Steps of its complete checkpoints, ascending; Orbax need not be imported for it."""
-    folder = self.path / CHECKPOINTS
-    return sorted(int(f.name) for f in folder.glob("[0-9]*") if f.name.isdigit())
-
   def claim(
     self,
     config: config_lib.Config,
@@ -74,7 +68,7 @@ class Workdir:
     Raises:
       WorkdirError: the field that differs, with both values.
     """
-    if self.saved:
+    if saved_steps(self.path):
       before = read_run(self.path)
       try:  # A field that is younger than the run had its default.
         old = config_lib.Config.from_json(before["config"]).to_json()
@@ -92,6 +86,12 @@ class Workdir:
     tree = {"config": config.to_json(), "features": features.to_json(), "digests": digests}
     if self.first:
       write_json(self.path / RUN, tree)
+
+
+def saved_steps(path: pathlib.Path) -> list[int]:
+  """Steps of the complete checkpoints of a run, ascending, without Orbax."""
+  names = (file.name for file in (path / CHECKPOINTS).glob("[0-9]*"))
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def check_features(path: pathlib.Path, tree: dict[str, Any], features: FeatureSet) -> None:
