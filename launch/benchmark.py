@@ -17,6 +17,7 @@ _SUITES = (
   "checkpoint",
   "data",
   "movielens",
+  "precision",
   "sharding",
   "start_up",
   "train_step",

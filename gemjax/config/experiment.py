@@ -44,7 +44,12 @@ class Embedding:
   dense_units: int = 1
   dense_relu: bool = False  # A ReLU on those units.
   init_scale: float = 0.01  # Rows are born N(0, init_scale^2).
-  dtype: str = "float32"  # float32 | bfloat16, the latter with stochastic rounding.
+  # Of tables: float32 | bfloat16 | float8_e4m3fn, the last with a scale a row, both narrow types
+  # with stochastic rounding.
+  dtype: str = "float32"
+  # Between devices: float32 | bfloat16, of looked-up rows and of their gradients.
+  exchange_dtype: str = "float32"
+  gradient_dtype: str = "float32"
   optimizer: str = "rowwise_adagrad"  # rowwise_adagrad | adagrad | sgd | lazy_adam
   learning_rate: float = 0.05
   eps: float = 1e-8
@@ -171,7 +176,9 @@ class Config:
     _need(
       decay < 1, "embedding.weight_decay", emb.weight_decay, "below 1 / embedding.learning_rate"
     )
-    one_of(emb.dtype, "embedding.dtype", "float32", "bfloat16")
+    one_of(emb.dtype, "embedding.dtype", "float32", "bfloat16", "float8_e4m3fn")
+    one_of(emb.exchange_dtype, "embedding.exchange_dtype", "float32", "bfloat16")
+    one_of(emb.gradient_dtype, "embedding.gradient_dtype", "float32", "bfloat16")
     one_of(emb.optimizer, "embedding.optimizer", "rowwise_adagrad", "adagrad", "sgd", "lazy_adam")
     validate_model(self.model, emb.dim)
     for name in ("learning_rate", "clip_norm", "l2"):

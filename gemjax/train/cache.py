@@ -121,13 +121,16 @@ class Cache:
     return getattr(self._aside, "now", False)
 
   def _make_room(self, size: int) -> None:
-    found = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in self.folder.iterdir())
-    total = size + sum(size for _, size, _ in found)
-    for _, size, file in found:
+    found = []
+    for file in self.folder.iterdir():
+      with contextlib.suppress(FileNotFoundError):  # Another run may have removed it.
+        found.append((file.stat().st_mtime, file.stat().st_size, file))
+    total = size + sum(held for _, held, _ in found)
+    for _, held, file in sorted(found):
       if total <= MAX_BYTES:
         break
       file.unlink(missing_ok=True)
-      total -= size
+      total -= held
 
   def _tell(self, sentence: str) -> None:
     if self._writes and not self._told:

@@ -18,9 +18,10 @@ from benchmarks.own_process import OwnProcess
 from tqdm import tqdm
 
 from gemjax.config import Config, Embedding, Optimizer, Wukong
+from gemjax.embedding.held import Held
 from gemjax.embedding.replicated import Replicated
 from gemjax.embedding.row_optimizers import rowwise_adagrad
-from gemjax.embedding.stack import Held, StackRule
+from gemjax.embedding.stack import StackRule
 from gemjax.features import Batch, FeatureSet, Sparse
 from gemjax.train.state import Trainer, TrainState, make_trainer
 from gemjax.train.step import plan_step, train_step
