@@ -14,6 +14,7 @@ import cli
 from absl import flags
 
 _SUITES = (
+  "bfloat16",
   "checkpoint",
   "data",
   "movielens",
