@@ -22,6 +22,8 @@ from collections.abc import Iterator
 
 import jax
 
+from gemjax.train.workdir import COMPILED
+
 MAX_BYTES = 4 << 30  # Of all entries; the oldest give way.
 _MARK = b"gemjax-1"
 
@@ -38,6 +40,16 @@ class Cache:
     self.folder, self._writes = folder, writes
     self._told = False
     self._aside = threading.local()
+
+  @classmethod
+  def of_run(cls, workdir: pathlib.Path, named: str = "workdir", *, writes: bool = True) -> Cache:
+    """Where `config.compilation.cache` says; nowhere where JAX_COMPILATION_CACHE_DIR names a cache
+    of JAX's own, which takes its place.
+    """
+    if named == "off" or jax.config.jax_compilation_cache_dir:
+      return cls(None)
+    folder = workdir / COMPILED if named == "workdir" else pathlib.Path(named).absolute()
+    return cls(folder, writes=writes)
 
   def get(self, name: str) -> bytes | None:
     """What was put, or None where there is nothing or not that."""

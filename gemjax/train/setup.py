@@ -24,7 +24,7 @@ from gemjax.train.programs import Programs
 from gemjax.train.progress import Phases
 from gemjax.train.source import open_data
 from gemjax.train.state import Trainer, make_trainer
-from gemjax.train.workdir import COMPILED, Workdir
+from gemjax.train.workdir import Workdir
 
 
 class Setup(NamedTuple):
@@ -56,7 +56,7 @@ def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
     steps = config.train.steps or math.ceil(epochs)
     mesh, lines = open_mesh(config, data.features)
     trainer = make_trainer(config, data.features, steps, mesh)
-    cache = Cache(_cache_folder(config, folder), writes=folder.first)
+    cache = Cache.of_run(folder.path, config.compilation.cache, writes=folder.first)
     say = functools.partial(print, flush=True) if folder.first else lambda sentence: None
     executables = Executables(cache, origin_of(config, data.features, steps, mesh), say)
     batches = train_batches(
@@ -119,11 +119,3 @@ def evaluation(config: config_lib.Config, run: Setup, split: str):
     history_length=config.data.history,
     **part_of_process(run.mesh),
   )
-
-
-def _cache_folder(config: config_lib.Config, folder: Workdir) -> pathlib.Path | None:
-  if jax.config.jax_compilation_cache_dir:  # By JAX_COMPILATION_CACHE_DIR: as the user says.
-    return None
-  places = {"workdir": folder.path / COMPILED, "off": None}
-  named = config.compilation.cache
-  return places[named] if named in places else pathlib.Path(named).absolute()

@@ -65,7 +65,7 @@ def _put_many(folder, letter):
 
 
 def test_two_writers_never_mix(tmp_path):
-  context = multiprocessing.get_context("fork")
+  context = multiprocessing.get_context("spawn")
   writers = [context.Process(target=_put_many, args=(tmp_path, x)) for x in (b"a", b"b")]
   for writer in writers:
     writer.start()
