@@ -65,9 +65,7 @@ def test_the_clock_of_training_stands_still_during_compilation(tmp_path, config,
   monkeypatch.setattr(Compiled, "prepare", slow)
   config.train.steps = 4
   found = train(config, tmp_path / "run")
-  assert (
-    found["start_up_seconds"]["compile"] > 40
-  )  # Birth, plan and step; the prediction comes later.
+  assert found["start_up_seconds"]["compile"] > 40  # Birth, plan and step.
   assert found["train"]["seconds"] < 20
 
 
