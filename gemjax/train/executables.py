@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,7 @@ class Executables:
   Args:
     cache: Where they are kept.
     origin: What all of them follow from.
+    devices: Those of the mesh, in its order.
     say: Is told in one sentence why an older executable does not serve.
   """
 
@@ -49,13 +50,15 @@ class Executables:
     self,
     cache: Cache | None = None,
     origin: dict[str, Any] | None = None,
+    devices: Sequence[jax.Device] = (),
     say: Callable[[str], None] = print,
   ):
-    self._cache, self._origin, self._say = cache or Cache(None), origin or {}, say
+    self._cache, self._origin = cache or Cache(None), origin or {}
+    self._devices, self._say = devices, say
 
   def of(self, **origin: Any) -> Executables:
     """Those of programs that follow from more."""
-    return Executables(self._cache, self._origin | origin, self._say)
+    return Executables(self._cache, self._origin | origin, self._devices, self._say)
 
   def load(self, program: str, arguments: Any) -> Executable | None:
     """The executable of a program for arguments of these shapes, or None."""
@@ -72,7 +75,9 @@ class Executables:
       serialized, in_tree, out_tree, outputs = pickle.loads(_read(stored)[1])
       from jax.experimental import serialize_executable
 
-      call = serialize_executable.deserialize_and_load(serialized, in_tree, out_tree)
+      call = serialize_executable.deserialize_and_load(
+        serialized, in_tree, out_tree, execution_devices=self._devices
+      )
       return Executable(call, out_tree.unflatten(outputs))
     except Exception as error:  # Whatever a runtime may say: it costs a compilation.
       first = (str(error) or type(error).__name__).splitlines()[0]

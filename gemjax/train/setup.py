@@ -58,7 +58,9 @@ def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
     trainer = make_trainer(config, data.features, steps, mesh)
     cache = Cache.of_run(folder.path, config.compilation.cache, writes=folder.first)
     say = functools.partial(print, flush=True) if folder.first else lambda sentence: None
-    executables = Executables(cache, origin_of(config, data.features, steps, mesh), say)
+    executables = Executables(
+      cache, origin_of(config, data.features, steps, mesh), list(mesh.devices.flat), say
+    )
     batches = train_batches(
       data,
       batch_size=batch,
