@@ -1,6 +1,7 @@
 """Later starts load what an earlier one compiled; whatever is wrong with it costs no run."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -14,6 +15,7 @@ from gemjax.train.setup import compile_ahead
 from gemjax.train.workdir import CHECKPOINTS, COMPILED, SUMMARY
 
 WATCHED = pathlib.Path(__file__).with_name("watched.py")
+PATHS = {"PYTHONPATH": os.pathsep.join(map(str, (tiny.ROOT, WATCHED.parent)))}
 OURS = ("born", "plan", "step", "predict", "no_sums")
 
 
@@ -161,7 +163,7 @@ def test_two_processes_share_what_the_first_compiles(data, tmp_path):
   }  # fmt: skip
   found, losses = [], []
   for _ in range(2):
-    processes = start_all(2, None, **flags)
+    processes = start_all(2, None, PATHS, **flags)
     ended = [(*p.communicate(timeout=300), p.returncode) for p in processes]
     assert [code for _, _, code in ended] == [0, 0], ended
     found.append([compiled(out) for out, _, _ in ended])
@@ -174,11 +176,11 @@ def test_two_processes_share_what_the_first_compiles(data, tmp_path):
 def test_launch_compile_makes_train_start_at_once(data, tmp_path):
   workdir = tmp_path / "run"
   flags = {"config": f"{WATCHED}:logistic", "workdir": workdir, "config__data__path": data}
-  process = tiny.start("compile", **flags)
+  process = tiny.start("compile", env=PATHS, **flags)
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
   assert f"its programs are ready in {workdir}" in out and compiled(out) == set(OURS)
-  process = tiny.start("train", **flags)
+  process = tiny.start("train", env=PATHS, **flags)
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
   assert compiled(out) == set() and "first step after" in out
