@@ -14,10 +14,13 @@ import cli
 from absl import flags
 
 _SUITES = (
+  "bfloat16",
   "checkpoint",
   "data",
   "movielens",
+  "precision",
   "sharding",
+  "start_up",
   "train_step",
 )  # Modules of launch/benchmarks with a `run`.
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "What to measure.", required=True)

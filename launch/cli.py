@@ -1,5 +1,6 @@
 """What every binary does around its `main`: one sentence for an error, an exit code for all."""
 
+import importlib
 import os
 import pathlib
 import sys
@@ -47,6 +48,16 @@ def experiment(holder: flags.FlagHolder) -> Config:
     raise ConfigError(f"get_config of {file} must return a gemjax Config, not {holder.value!r}")
   holder.value.validate()
   return holder.value
+
+
+def import_without(module: str, unwanted: str) -> None:
+  """Imports a module that would import an `unwanted` one for parts of it that are not used here."""
+  absent = unwanted not in sys.modules
+  if absent:
+    sys.modules[unwanted] = None  # An ImportError, which the module expects.
+  importlib.import_module(module)
+  if absent:
+    del sys.modules[unwanted]
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -34,6 +34,9 @@ def main():
     join_seconds=_JOIN_SECONDS.value, stall_seconds=_STALL_SECONDS.value
   ) as peers:
     # Seconds of imports, which wrong flags need not wait for.
+    cli.import_without(
+      "grain", "orbax.checkpoint"
+    )  # A third of a second, needed with the first save.
     from gemjax.train.loop import train
     from gemjax.train.progress import Phases
 

@@ -44,7 +44,12 @@ class Embedding:
   dense_units: int = 1
   dense_relu: bool = False  # A ReLU on those units.
   init_scale: float = 0.01  # Rows are born N(0, init_scale^2).
-  dtype: str = "float32"  # float32 | bfloat16, the latter with stochastic rounding.
+  # Of tables: float32 | bfloat16 | float8_e4m3fn, the last with a scale a row, both narrow types
+  # with stochastic rounding.
+  dtype: str = "float32"
+  # Between devices: float32 | bfloat16, of looked-up rows and of their gradients.
+  exchange_dtype: str = "float32"
+  gradient_dtype: str = "float32"
   optimizer: str = "rowwise_adagrad"  # rowwise_adagrad | adagrad | sgd | lazy_adam
   learning_rate: float = 0.05
   eps: float = 1e-8
@@ -93,6 +98,13 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class Compilation:
+  # Where compiled programs are kept for the next start: workdir (its folder "compiled") | off | a
+  # folder, which several runs may share; see gemjax/train/cache.py.
+  cache: str = "workdir"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Config:
   """One experiment."""
 
@@ -104,6 +116,7 @@ class Config:
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   train: Train = dataclasses.field(default_factory=Train)
   checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+  compilation: Compilation = dataclasses.field(default_factory=Compilation)
 
   def to_json(self) -> dict[str, Any]:
     return fields.to_json(self)
@@ -163,7 +176,9 @@ class Config:
     _need(
       decay < 1, "embedding.weight_decay", emb.weight_decay, "below 1 / embedding.learning_rate"
     )
-    one_of(emb.dtype, "embedding.dtype", "float32", "bfloat16")
+    one_of(emb.dtype, "embedding.dtype", "float32", "bfloat16", "float8_e4m3fn")
+    one_of(emb.exchange_dtype, "embedding.exchange_dtype", "float32", "bfloat16")
+    one_of(emb.gradient_dtype, "embedding.gradient_dtype", "float32", "bfloat16")
     one_of(emb.optimizer, "embedding.optimizer", "rowwise_adagrad", "adagrad", "sgd", "lazy_adam")
     validate_model(self.model, emb.dim)
     for name in ("learning_rate", "clip_norm", "l2"):
@@ -186,6 +201,8 @@ class Config:
     one_of(train.stop_metric, "train.stop_metric", "auc", "gauc", "ne", "log_loss")
     _need(self.checkpoint.every >= 0, "checkpoint.every", self.checkpoint.every, "at least 0")
     _need(self.checkpoint.keep >= 1, "checkpoint.keep", self.checkpoint.keep, "at least 1")
+    law = "workdir, off or a folder"
+    _need(self.compilation.cache, "compilation.cache", self.compilation.cache, law)
 
 
 # Fields that may change between the start of a run and its resumption: they move no weight, the
@@ -201,6 +218,7 @@ FREE_ON_RESUME = (
   "train.patience",
   "checkpoint.every",
   "checkpoint.keep",
+  "compilation.cache",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from gemjax.checkpoint.streamed import Streamed
-from gemjax.convert.tensors import Tensor, Tensors, of_array
+from gemjax.convert.tensors import ConvertError, Tensor, Tensors, of_array
 from gemjax.embedding.stack import Stack
 from gemjax.train.state import NEVER, Trainer, init_state, table_key
 
@@ -41,7 +41,16 @@ class Part(NamedTuple):
 
 
 def parts(trainer: Trainer) -> list[Part]:
-  """Every tensor that is carried, array after array of the state."""
+  """Every tensor that is carried, array after array of the state.
+
+  Raises:
+    ConvertError: the tables are of a type that is not converted.
+  """
+  if (dtype := trainer.config.embedding.dtype) not in ("float32", "bfloat16"):
+    raise ConvertError(
+      f"config.embedding.dtype is {dtype!r}, whose rows have scales; only tables in float32 and "
+      "bfloat16 are converted"
+    )
   scanned = _scanned(trainer)
   found, clock = [], False
   for leaf, array in _leaves(trainer).items():

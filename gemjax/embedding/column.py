@@ -18,7 +18,8 @@ from einops import rearrange
 
 from gemjax.config import DATA, MODEL
 from gemjax.embedding.duplicates import Segments, find_duplicates, sum_duplicates
-from gemjax.embedding.stack import Held, Stack, StackRule
+from gemjax.embedding.held import Held
+from gemjax.embedding.stack import Stack, StackRule
 
 
 class Plan(NamedTuple):
@@ -47,7 +48,8 @@ class ColumnSharded:
 
   def lookup(self, rule: StackRule, stack: Stack, plan: Plan) -> jax.Array:
     """(M, W) float32, zeros for padding."""
-    own_LMV = rearrange(rule.read(stack, plan.row_N), "(l m) v -> l m v", l=self.model)
+    own_NV = rule.sent_rows(rule.read(stack, plan.row_N))
+    own_LMV = rearrange(own_NV, "(l m) v -> l m v", l=self.model)
     # From all examples and these columns to these examples and all columns.
     mine_LMV = jax.lax.all_to_all(own_LMV, MODEL, 0, 0)
     return rearrange(mine_LMV, "l m v -> m (l v)").astype(jnp.float32)
@@ -56,11 +58,11 @@ class ColumnSharded:
     self, rule: StackRule, stack: Stack, plan: Plan, grad_MW: jax.Array, learning_rate, key
   ) -> Stack:
     """One step with the gradients of all devices combined."""
-    mine_LMV = rearrange(grad_MW, "m (l v) -> l m v", l=self.model)
+    mine_LMV = rearrange(rule.sent_gradients(grad_MW), "m (l v) -> l m v", l=self.model)
     grad_NV = rearrange(jax.lax.all_to_all(mine_LMV, MODEL, 0, 0), "l m v -> (l m) v")
     if self.combined:
       grad_NV = jax.lax.all_gather(grad_NV, DATA, tiled=True)
-    sum_UV = sum_duplicates(plan.merged, grad_NV)
+    sum_UV = sum_duplicates(plan.merged, grad_NV.astype(jnp.float32))
     return rule.write(stack, plan.merged.unique_U, sum_UV, learning_rate, key, self.held)
 
   def rounds(self, plan: Plan) -> jax.Array:

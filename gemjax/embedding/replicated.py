@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from gemjax.embedding.duplicates import Segments, find_duplicates, sum_duplicates
-from gemjax.embedding.stack import Held, Stack, StackRule
+from gemjax.embedding.held import Held
+from gemjax.embedding.stack import Stack, StackRule
 
 
 class Plan(NamedTuple):
@@ -55,7 +56,8 @@ class Replicated:
     """One step with the gradients of all devices combined."""
     own, sum_UW = plan.own, sum_duplicates(plan.own, grad_MW)
     if plan.merged is not None:
-      all_GUW = jax.lax.all_gather(sum_UW, self.axes, tiled=True)
+      sent_UW = rule.sent_gradients(sum_UW)
+      all_GUW = jax.lax.all_gather(sent_UW, self.axes, tiled=True).astype(jnp.float32)
       own, sum_UW = plan.merged, sum_duplicates(plan.merged, all_GUW)
     return rule.write(stack, own.unique_U, sum_UW, learning_rate, key, self.held)
 

@@ -25,7 +25,8 @@ from einops import rearrange
 
 from gemjax.config import DATA, MODEL
 from gemjax.embedding.duplicates import Segments, find_duplicates, runs, sort_ids, sum_duplicates
-from gemjax.embedding.stack import Held, Stack, StackRule
+from gemjax.embedding.held import Held
+from gemjax.embedding.stack import Stack, StackRule
 from pallas_kernels import take_rows
 
 
@@ -80,7 +81,8 @@ class RowSharded:
     """(M, W) float32, zeros for padding."""
 
     def rows_of(round_: Round) -> jax.Array:
-      read_LCW = rearrange(rule.read(stack, round_.wanted_N), "(l c) w -> l c w", l=self.model)
+      read_NW = rule.sent_rows(rule.read(stack, round_.wanted_N))
+      read_LCW = rearrange(read_NW, "(l c) w -> l c w", l=self.model)
       got_LCW = jax.lax.all_to_all(read_LCW, MODEL, 0, 0)
       slot_M = self._slots(plan.own.unique_U, round_, plan.end_L)[plan.unique_M]
       got_NW = rearrange(got_LCW, "l c w -> (l c) w")
@@ -103,13 +105,13 @@ class RowSharded:
     def write(stack: Stack, round_: Round, *, tick: bool) -> Stack:
       index_LC = self._window(round_.begin_L)
       index_LC = jnp.where(index_LC < round_.end_L[:, None], index_LC, len(sum_UW))
-      sent_NW = take_rows(sum_UW, index_LC.reshape(-1))
+      sent_NW = rule.sent_gradients(take_rows(sum_UW, index_LC.reshape(-1)))
       sent_LCW = rearrange(sent_NW, "(l c) w -> l c w", l=self.model)
       grad_LCW = jax.lax.all_to_all(sent_LCW, MODEL, 0, 0)
       grad_NW = rearrange(grad_LCW, "l c w -> (l c) w")
       if self.combined:
         grad_NW = jax.lax.all_gather(grad_NW, DATA, tiled=True)
-      total_NW = sum_duplicates(round_.merged, grad_NW)
+      total_NW = sum_duplicates(round_.merged, grad_NW.astype(jnp.float32))
       row_N = round_.merged.unique_U
       return rule.write(stack, row_N, total_NW, learning_rate, key, self.held, tick=tick)
 

@@ -20,11 +20,12 @@ from jax.sharding import PartitionSpec
 from gemjax import config as config_lib
 from gemjax.config import DATA, MODEL
 from gemjax.embedding.column import ColumnSharded
+from gemjax.embedding.held import Held
 from gemjax.embedding.lookup import positions
 from gemjax.embedding.replicated import Replicated
 from gemjax.embedding.row import RowSharded
 from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS
-from gemjax.embedding.stack import Held, Stack, StackRule
+from gemjax.embedding.stack import Stack, StackRule
 from gemjax.embedding.tables import StackLayout, TableLayout, check_mesh
 from gemjax.features import Batch
 

@@ -15,29 +15,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gemjax.config import MODEL
+from gemjax.embedding.held import Held, own_columns, row_keys
+from gemjax.embedding.rounding import FLOAT8, quantize, row_scales, to_bfloat16
 from gemjax.embedding.row_optimizers import RowOptimizer, Slots
 from pallas_kernels import take_rows
 
 # Rows born or averaged at a time: temporaries of 2^16 rows, whatever the table.
 CHUNK = 2**16
-
-
-class Held(NamedTuple):
-  """The part of a stack that this device holds: `rows` rows from `share * rows` on, and `width`
-  columns from `column_share * width` on. The shares are the device's place on the mesh, traced.
-  """
-
-  rows: int
-  all_rows: int
-  share: jax.Array | int
-  width: int
-  all_columns: int
-  column_share: jax.Array | int
-
-  @classmethod
-  def whole(cls, rows: int, width: int) -> Held:
-    """All of a stack."""
-    return cls(rows, rows, 0, width, width, 0)
 
 
 class Stack(NamedTuple):
@@ -58,6 +43,7 @@ class Stack(NamedTuple):
   slots: Slots
   marks_R: jax.Array | None
   clock: jax.Array | None  # (2,) float32
+  scales_R: jax.Array | None = None  # Of rows in float8; see gemjax/embedding/rounding.py.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +55,8 @@ class StackRule:
   l2: float = 0.0
   init_scale: float = 0.01
   dtype: str = "float32"
+  exchange_dtype: str = "float32"
+  gradient_dtype: str = "float32"
 
   @classmethod
   def from_config(cls, config, optimizer: RowOptimizer) -> StackRule:
@@ -79,6 +67,8 @@ class StackRule:
       l2=config.l2,
       init_scale=config.init_scale,
       dtype=config.dtype,
+      exchange_dtype=config.exchange_dtype,
+      gradient_dtype=config.gradient_dtype,
     )
 
   def init(self, key: jax.Array, held: Held) -> Stack:
@@ -87,35 +77,43 @@ class StackRule:
     """
     chunk = min(CHUNK, held.rows)
 
-    def fill(i, rows_RW):
+    def fill(i, stored):
       start = jnp.minimum(i * chunk, held.rows - chunk)
       new_CW = self.born(key, held, start + jnp.arange(chunk))
-      return jax.lax.dynamic_update_slice(rows_RW, new_CW.astype(rows_RW.dtype), (start, 0))
+      new = self._stored(new_CW, None, held)
+      put = lambda array, part: jax.lax.dynamic_update_slice_in_dim(array, part, start, 0)
+      return jax.tree.map(put, stored, new)
 
     empty = jnp.zeros((held.rows, held.width), self.dtype)
+    stored = (empty, jnp.zeros((held.rows,)) if self.scaled else None)
+    rows_RW, scales_R = jax.lax.fori_loop(0, -(-held.rows // chunk), fill, stored)
     return Stack(
-      rows_RW=jax.lax.fori_loop(0, -(-held.rows // chunk), fill, empty),
+      rows_RW=rows_RW,
       slots=self.optimizer.init(held.rows, held.width),
       marks_R=jnp.zeros((held.rows,)) if self.shrinks else None,
       clock=jnp.zeros((2,)) if self.shrinks else None,
+      scales_R=scales_R,
     )
 
   def born(self, key: jax.Array, held: Held, row_N: jax.Array) -> jax.Array:
     """(N, W) float32: the rows that `init` gives."""
-    keys = _row_keys(key, held, row_N)
+    keys = row_keys(key, held, row_N)
     new_NW = jax.vmap(lambda k: jax.random.normal(k, (held.all_columns,)))(keys)
-    return self.init_scale * _own_columns(new_NW, held)
+    return self.init_scale * own_columns(new_NW, held)
 
   def read(self, stack: Stack, row_M: jax.Array) -> jax.Array:
     """(M, W): the rows as a dense optimiser would have them now; zeros for row R.
 
-    In the stack's type where they are as stored, float32 where they had to be shrunk.
+    In the stack's type where they are as stored, float32 where they had to be scaled or shrunk.
     """
-    rows_MW = take_rows(stack.rows_RW, row_M)
+    read = lambda array: array.at[row_M].get(mode="fill", fill_value=0)
+    if self.scaled:
+      rows_MW = self._widened(read(_words(stack.rows_RW)), read(stack.scales_R))
+    else:
+      rows_MW = take_rows(stack.rows_RW, row_M)
     if not self.shrinks:
       return rows_MW
     # Slots are read only where the rate depends on them.
-    read = lambda array: array.at[row_M].get(mode="fill", fill_value=0)
     slots = jax.tree.map(read, stack.slots) if self.l2 else {}
     return rows_MW * self._shrunk(slots, stack.clock[0] - read(stack.marks_R))
 
@@ -139,23 +137,24 @@ class StackRule:
       row_U: int32 rows, R for padding, which stands last.
       grad_UW: The row's gradient, duplicates summed.
       learning_rate: Scalar of this step.
-      key: Randomness of the rounding of bfloat16 rows, of this step and stack.
+      key: Randomness of the rounding of narrow rows, of this step and stack.
       held: What of the stack this device holds.
       tick: Whether the clock moves: once a step, although a step may write in several rounds.
     """
     gather = lambda array: array.at[row_U].get(
       mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
     )
-    arrays = (stack.rows_RW, stack.slots, stack.marks_R)
+    arrays = (_words(stack.rows_RW), stack.scales_R, stack.slots, stack.marks_R)
     # All reads, of the forward pass behind the gradient too, before the first write: without an
     # order XLA copies whole arrays to keep their old values. (XLA for GPUs keeps the barrier; that
     # for CPUs drops it and sees the order only where what is written comes from the gradient.)
     gathered = jax.tree.map(gather, arrays)
-    (rows_UW, slots, marks_U), grad_UW = jax.lax.optimization_barrier((gathered, grad_UW))
+    gathered, grad_UW = jax.lax.optimization_barrier((gathered, grad_UW))
+    rows_UW, scales_U, slots, marks_U = gathered
     scatter = lambda array, new: array.at[row_U].set(
       new.astype(array.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
     )
-    rows_UW = rows_UW.astype(jnp.float32)
+    rows_UW = self._widened(rows_UW, scales_U)
     delta_UW, new_slots = self.optimizer.step(grad_UW, slots, learning_rate)
     clock, new_marks_U = stack.clock, None
     if self.shrinks:
@@ -165,9 +164,11 @@ class StackRule:
       # what was read.
       grown_U = jnp.maximum(clock[0], marks_U)
       new_marks_U = jnp.where(jnp.isfinite(grad_UW[:, 0]), grown_U, marks_U)
-    new_UW = self._rounded(rows_UW - delta_UW, key, held, row_U)
-    rows_RW, slots, marks_R = jax.tree.map(scatter, arrays, (new_UW, new_slots, new_marks_U))
-    return Stack(rows_RW, slots, marks_R, clock)
+    noise_UW = self._noise(key, held, row_U)
+    new_UW, new_scales_U = self._stored(rows_UW - delta_UW, noise_UW, held)
+    new = (_words(new_UW), new_scales_U, new_slots, new_marks_U)
+    rows_RW, scales_R, slots, marks_R = jax.tree.map(scatter, arrays, new)
+    return Stack(self._of_words(rows_RW), slots, marks_R, clock, scales_R)
 
   def average(self, stack: Stack, axis: str, key: jax.Array, held: Held) -> Stack:
     """Rows and slots become the mean over the devices of `axis`, the shrinking that is due applied
@@ -179,29 +180,65 @@ class StackRule:
       start = jnp.minimum(i * chunk, held.rows - chunk)
       # The last chunk reaches back into the one before it: a mean of equal rows is the row, but for
       # a last bit where their number is no power of two.
-      arrays = (stack.rows_RW, stack.slots, stack.marks_R)
+      arrays = (stack.rows_RW, stack.scales_R, stack.slots, stack.marks_R)
       cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, chunk)
-      rows_CW, slots, marks_C = jax.tree.map(cut, arrays)
-      new_CW = rows_CW.astype(jnp.float32)
+      rows_CW, scales_C, slots, marks_C = jax.tree.map(cut, arrays)
+      new_CW = self._widened(_words(rows_CW), scales_C)
       if self.shrinks:
         new_CW *= self._shrunk(slots, stack.clock[0] - marks_C)
         marks_C = jnp.full_like(marks_C, stack.clock[0])
       new_CW, slots = jax.lax.pmean((new_CW, slots), axis)
-      new_CW = self._rounded(new_CW, key, held, start + jnp.arange(chunk))
+      noise_CW = self._noise(key, held, start + jnp.arange(chunk))
+      new = (*self._stored(new_CW, noise_CW, held), slots, marks_C)
       put = lambda array, new: jax.lax.dynamic_update_slice_in_dim(
         array, new.astype(array.dtype), start, 0
       )
-      return Stack(*jax.tree.map(put, arrays, (new_CW, slots, marks_C)), stack.clock)
+      rows_RW, scales_R, slots, marks_R = jax.tree.map(put, arrays, new)
+      return Stack(rows_RW, slots, marks_R, stack.clock, scales_R)
 
     return jax.lax.fori_loop(0, -(-held.rows // chunk), mean, stack)
 
-  def _rounded(self, x_UW: jax.Array, key: jax.Array, held: Held, row_U: jax.Array) -> jax.Array:
-    """`x` as the stack stores it."""
-    if self.dtype != "bfloat16":
-      return x_UW
-    keys = _row_keys(key, held, row_U)
-    noise_UW = jax.vmap(lambda k: jax.random.bits(k, (held.all_columns,), jnp.uint16))(keys)
-    return round_stochastically(x_UW, _own_columns(noise_UW, held))
+  @property
+  def scaled(self) -> bool:
+    """Whether a row has a scale of its own."""
+    return self.dtype == FLOAT8
+
+  def sent_rows(self, rows_MW: jax.Array) -> jax.Array:
+    """As they travel to those who look them up: no wider than `exchange_dtype`."""
+    return _narrowed(rows_MW, self.exchange_dtype)
+
+  def sent_gradients(self, grad_MW: jax.Array) -> jax.Array:
+    """As they travel to the owners of the rows: rounded to the nearest, summed in float32 there."""
+    return _narrowed(grad_MW, self.gradient_dtype)
+
+  def _noise(self, key: jax.Array, held: Held, row_U: jax.Array) -> jax.Array | None:
+    """Random bits of every weight: of its row's number, the same on every mesh."""
+    if self.dtype == "float32":
+      return None
+    word = jnp.uint32 if self.scaled else jnp.uint16
+    keys = row_keys(key, held, row_U)
+    noise_UW = jax.vmap(lambda k: jax.random.bits(k, (held.all_columns,), word))(keys)
+    return own_columns(noise_UW, held)
+
+  def _stored(
+    self, x_UW: jax.Array, noise_UW: jax.Array | None, held: Held
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """(rows in the stack's type, their scales); to the nearest without noise."""
+    if self.scaled:
+      axis = MODEL if held.width < held.all_columns else None  # The scale is the whole row's.
+      scales_U = row_scales(x_UW, axis)
+      return quantize(x_UW, scales_U, noise_UW), scales_U
+    if noise_UW is None:
+      return x_UW.astype(self.dtype), None
+    return to_bfloat16(x_UW, noise_UW), None
+
+  def _widened(self, words_UW: jax.Array, scales_U: jax.Array | None) -> jax.Array:
+    """float32 of stored rows."""
+    rows_UW = self._of_words(words_UW).astype(jnp.float32)
+    return rows_UW * scales_U[:, None] if self.scaled else rows_UW
+
+  def _of_words(self, words_RW: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(words_RW, self.dtype) if self.scaled else words_RW
 
   def _ticked(self, clock: jax.Array, learning_rate: jax.Array) -> jax.Array:
     return _add(clock, learning_rate if self.l2 else -jnp.log1p(-learning_rate * self.decay))
@@ -216,32 +253,14 @@ class StackRule:
     return jnp.exp(-rate * missed_M[:, None])
 
 
-def round_stochastically(x: jax.Array, noise: jax.Array) -> jax.Array:
-  """bfloat16 by adding 16 random bits below the kept ones and cutting: E[result] = x.
-
-  Non-finite values pass unchanged. `noise` is uint16 of the shape of `x`.
-  """
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  cut_bits = (bits + noise.astype(jnp.uint32)) & jnp.uint32(0xFFFF0000)
-  cut = jax.lax.bitcast_convert_type(cut_bits, jnp.float32)
-  return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
+def _words(rows_RW: jax.Array) -> jax.Array:
+  """Rows in float8 as bytes, the same memory: XLA has gathers and scatters of bytes everywhere."""
+  scaled = rows_RW.dtype.name == FLOAT8
+  return jax.lax.bitcast_convert_type(rows_RW, jnp.uint8) if scaled else rows_RW
 
 
-def _row_keys(key: jax.Array, held: Held, row_N: jax.Array) -> jax.Array:
-  """A key a row, of its number in the whole stack, which may pass 2^32."""
-  with jax.enable_x64(True):
-    number_N = jnp.uint64(held.share) * held.rows + row_N.astype(jnp.uint64)
-    low_N, high_N = number_N.astype(jnp.uint32), (number_N >> 32).astype(jnp.uint32)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, low_N)
-  if held.all_rows <= 2**32:
-    return keys
-  return jax.vmap(jax.random.fold_in)(keys, high_N)
-
-
-def _own_columns(x_NW: jax.Array, held: Held) -> jax.Array:
-  if held.width == held.all_columns:
-    return x_NW
-  return jax.lax.dynamic_slice_in_dim(x_NW, held.column_share * held.width, held.width, 1)
+def _narrowed(x_MW: jax.Array, dtype: str) -> jax.Array:
+  return x_MW.astype(dtype) if x_MW.dtype.itemsize > jnp.dtype(dtype).itemsize else x_MW
 
 
 def _add(sum_2: jax.Array, term: jax.Array) -> jax.Array:

@@ -5,7 +5,10 @@ Process p of P holds the p-th part of every batch, as its devices are the p-th p
 
 from __future__ import annotations
 
-from typing import Any
+import collections
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 from gemjax.parallel.placement import spec
 
 BATCH = spec("batch")
+T = TypeVar("T")
+
+_calls: dict[str, itertools.count] = collections.defaultdict(itertools.count)
 
 
 def to_devices(mesh: Mesh, batch: Any) -> Any:
@@ -45,4 +51,24 @@ def first_process_first(name: str, function, *args) -> Any:
   result = function(*args)
   if not jax.process_index():
     multihost_utils.sync_global_devices(name)
+  return result
+
+
+def after_first_process(name: str, function: Callable[[], T]) -> T:
+  """`function()` on process 0, then on the others, from whatever thread: they hear of it through
+  JAX's coordinator, while another thread may run programs of all devices.
+  """
+  from jax._src import distributed  # Nowhere public.
+
+  client = distributed.global_state.client
+  if client is None or jax.process_count() == 1:
+    return function()
+  key = (
+    f"gemjax/{name}/{next(_calls[name])}"  # All processes make the calls of a name in one order.
+  )
+  if jax.process_index():
+    client.blocking_key_value_get(key, 24 * 3600 * 1000)  # Peers end what takes too long.
+    return function()
+  result = function()
+  client.key_value_set(key, "done")
   return result

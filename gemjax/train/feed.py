@@ -6,6 +6,7 @@ step, and the data position that a checkpoint keeps is one batch behind the read
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,29 +34,34 @@ class Feed:
     self._capacities: dict[str, int] = {}
     self._seen: set[tuple[tuple[str, int], ...]] = set()
     self._used = self._room = 0  # Slots of histories since `padding` was last asked for.
-    self._position: Any = None
-    self._upcoming: Batch | None = None
+    self._ahead: deque[tuple[Any, Batch]] = deque()  # (position, batch) of those already read.
 
   @property
   def upcoming(self) -> Batch:
-    if self._upcoming is None:
-      self._position = self._batches.get_state()
-      self._upcoming = to_devices(self._mesh, self._grown(next(self._batches)))
-    return self._upcoming
+    return self.ahead(0)
+
+  def ahead(self, count: int) -> Batch:
+    """The batch that so many others precede."""
+    while len(self._ahead) <= count:
+      position = self._batches.get_state()
+      batch = to_devices(self._mesh, self._grown(next(self._batches)))
+      self._ahead.append((position, batch))
+    return self._ahead[count][1]
 
   def advance(self) -> Batch:
     """The upcoming batch, which gives way to the one behind it."""
-    batch, self._upcoming = self.upcoming, None
+    batch = self.upcoming
+    self._ahead.popleft()
     return batch
 
   def get_state(self) -> Any:
     """The position of the upcoming batch."""
-    return self._batches.get_state() if self._upcoming is None else self._position
+    return self._ahead[0][0] if self._ahead else self._batches.get_state()
 
   def set_state(self, state: Any) -> None:
     """Goes on from the state of `get_state`."""
     self._batches.set_state(state)
-    self._upcoming = None
+    self._ahead.clear()
 
   @property
   def programs(self) -> int:

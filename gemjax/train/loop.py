@@ -6,34 +6,28 @@ import functools
 import math
 import pathlib
 import time
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from gemjax import config as config_lib
 from gemjax import metrics
-from gemjax.checkpoint import Checkpoints
-from gemjax.data.pipeline import evaluation_batches, train_batches
-from gemjax.data.prepared import PreparedData
-from gemjax.parallel.arrays import first_process_first, of_all_processes
+from gemjax.parallel.arrays import of_all_processes
 from gemjax.train import summary as summary_lib
-from gemjax.train.cost import example_cost
-from gemjax.train.devices import open_mesh, part_of_process
 from gemjax.train.evaluate import PredictionError, evaluate
-from gemjax.train.feed import Feed
-from gemjax.train.programs import Programs
+from gemjax.train.finite import NonFiniteError, first_not_finite, learning_rate
 from gemjax.train.progress import Phases, Progress
-from gemjax.train.source import open_data
-from gemjax.train.state import NEVER, TrainState, make_trainer, not_finite, parameter_counts
+from gemjax.train.setup import Setup, evaluation, set_up
+from gemjax.train.state import TrainState, parameter_counts
 from gemjax.train.step import Report
 from gemjax.train.stopping import BestSoFar
 from gemjax.train.termination import Terminated, Termination
-from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, write_json
+from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, saved_steps, write_json
 
-
-class NonFiniteError(RuntimeError):
-  """Training met a value that is not finite."""
+if TYPE_CHECKING:
+  from gemjax.checkpoint import Checkpoints
 
 
 def train(
@@ -52,11 +46,9 @@ def train(
   config.validate()
   phases = phases or Phases()
   with Termination() as termination, Workdir(workdir, first=not jax.process_index()) as folder:
-    with phases("data", endless=True):  # A raw set of terabytes may have to be prepared.
-      data = first_process_first("data", open_data, config, folder.path)
-      for split in ("train", "valid", "test"):
-        data.split(split)
-    return _Run(config, data, folder, phases, termination).run()
+    run = set_up(config, folder, phases)
+    with run.cache.behind_jax():
+      return _Run(config, run, folder, phases, termination).run()
 
 
 class _Run:
@@ -65,39 +57,23 @@ class _Run:
   def __init__(
     self,
     config: config_lib.Config,
-    data: PreparedData,
+    setup: Setup,
     folder: Workdir,
     phases: Phases,
     termination: Termination,
   ):
-    examples, batch = data.split("train").examples, config.data.batch_size
-    self.steps = config.train.steps or math.ceil(config.train.epochs * examples / batch)
-    interval = max(1, round(config.train.eval_every * examples / batch))
-    self.eval_interval = interval if config.train.eval_every else self.steps
-    self.mesh, lines = open_mesh(config, data.features)
-    self.config, self.data, self.folder, self.phases = config, data, folder, phases
+    self.config, self.setup, self.folder, self.phases = config, setup, folder, phases
     self.termination, self.peers = termination, phases.peers
-    self.trainer = make_trainer(config, data.features, self.steps, self.mesh)
+    self.data, self.mesh, self.trainer = setup.data, setup.mesh, setup.trainer
+    self.programs, self.feed = setup.programs, setup.feed
+    self.steps, batch = setup.steps, config.data.batch_size
     # Where groups update tables of their own, steps at which nothing else may look at them.
     self.apart = config.embedding.average_every if self.trainer.tables.averaged else 1
+    interval = config.train.eval_every * self.data.split("train").examples / batch
+    self.eval_interval = max(1, round(interval)) if interval else self.steps
     self.eval_interval = -(-self.eval_interval // self.apart) * self.apart
-    self.programs = Programs(self.trainer)
-    batches = train_batches(
-      data,
-      batch_size=batch,
-      seed=config.train.seed,
-      window_blocks=config.data.window_blocks,
-      history_length=config.data.history,
-      cost=functools.partial(example_cost, config) if data.features.history else None,
-      **part_of_process(self.mesh),
-    )
-    self.feed = Feed(iter(batches), self.mesh)
-    # What can be refused has been refused: from here on the folder is this run's.
-    self.checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=config.checkpoint.keep)
-    digests = {name: split.digest for name, split in data.splits.items()}
-    folder.claim(config, data.features, digests, begun=bool(self.checkpoints.steps))
     self.progress = Progress(folder.path, self.steps, batch, shown=folder.first)
-    for line in lines:
+    for line in setup.lines:
       self.progress.say(line)
     self.best = BestSoFar(metric=config.train.stop_metric)
     self.valid: dict[str, Any] = {}  # Results of the best evaluation.
@@ -108,23 +84,53 @@ class _Run:
     """Resume or begin, train, choose the best, test, report."""
     self.termination.deferred = True
     try:
-      with self.phases("state"):
-        state = self._resume() if self.checkpoints.steps else self.trainer.born()
-        jax.block_until_ready(state)
-      state = self._train(state)
+      state = self._train(self._begin())
       self.checkpoints.wait()
       return self._report(state)
     finally:
       self.progress.close()
-      self.checkpoints.close()
+      if "checkpoints" in vars(self):
+        self.checkpoints.close()
+
+  @functools.cached_property
+  def checkpoints(self) -> Checkpoints:
+    """Opened when a state is first restored or saved: Orbax takes a third of a second to import."""
+    from gemjax.checkpoint import Checkpoints
+
+    return Checkpoints(self.folder.path / CHECKPOINTS, keep=self.config.checkpoint.keep)
+
+  def _begin(self) -> TrainState:
+    """The state of the last checkpoint, or that before the first step, while another thread reads
+    the first batch and has its programs ready.
+    """
+    resumed = bool(saved_steps(self.folder.path))
+    if resumed:
+      self._recall(self.checkpoints.notes())
+    self.peers.phase("first batch")
+    # By a program of all processes: not beside Orbax, which runs some of its own.
+    self.programs.measure(lambda: self.feed.upcoming)
+    with ThreadPoolExecutor(1, "compile") as beside:
+      ready = beside.submit(self._prepare)
+      with self.phases("state"):
+        state = self._restore() if resumed else self.programs.born()
+        jax.block_until_ready(state)
+      with self.phases("wait for programs"):
+        ready.result()
+    return state
+
+  def _prepare(self) -> None:
+    start = time.perf_counter()
+    first = self.feed.upcoming
+    if (saved_steps(self.folder.path) or [0])[-1] < self.steps:
+      second = self.feed.ahead(1)
+      self.phases.add("first batch", time.perf_counter() - start)
+      self.programs.prepare(first, second)
 
   def _train(self, state: TrainState) -> TrainState:
     train, done = self.config.train, int(state.step)
     reports: list[Report] = []
     self.progress.begin(done)
-    with self.phases("first batch"):
-      first = self.feed.upcoming
-    plans = self.programs.plan(first)
+    plans = self.programs.plan(self.feed.upcoming)
     start = self._clock()
     while done < self.steps and not self.best.stopped(train.patience):
       self.peers.phase(f"batch behind step {done + 1:,}")
@@ -133,6 +139,7 @@ class _Run:
       state, plans, report = self.programs.step(state, plans, batch, upcoming)
       done += 1
       reports.append(report)
+      self._tell_start_up(report)
       # Groups that update tables of their own meet at whole multiples of `apart`, and at the end;
       # only there the state is one.
       whole = done % self.apart == 0 or done == self.steps
@@ -161,6 +168,18 @@ class _Run:
         raise Terminated(f"stopped by SIGTERM {at}; the same command goes on from there")
     return state
 
+  def _tell_start_up(self, report: Report) -> None:
+    """Once the first step of this start is done."""
+    if "first step" in self.phases.seconds:
+      return
+    jax.block_until_ready(report)
+    self.phases.add("compile", self.programs.compile_seconds)
+    self.phases.add("first step", self.phases.since_start)
+    seconds = dict(self.phases.seconds)
+    total = seconds.pop("first step")
+    parts = ", ".join(f"{name} {s:.2f} s" for name, s in seconds.items())
+    self.progress.say(f"first step after {total:.2f} s: {parts}")
+
   def _clock(self) -> float:
     """Seconds that stand still while a program is compiled."""
     return time.perf_counter() - self.programs.compile_seconds
@@ -186,34 +205,20 @@ class _Run:
       scalars["exchange_rounds"] = rounds
     if self.data.features.history:
       scalars |= {"padding": self.feed.padding(), "programs": self.feed.programs}
-    self.progress.log(done, scalars | {"learning_rate": self._learning_rate(done - 1)})
+    self.progress.log(done, scalars | {"learning_rate": learning_rate(self.trainer, done - 1)})
     if not math.isfinite(loss):
       self._check_finite(state)
 
   def _train_metrics(self, state: TrainState) -> dict[str, dict[str, float]]:
     return metrics.result(jax.device_get(state.sums), self.data.features.tasks)
 
-  def _learning_rate(self, step: int) -> float:
-    return self.config.optimizer.learning_rate * float(self.trainer.share(step))
-
   def _check_finite(self, state: TrainState) -> None:
-    bad = {part: int(step) for part, step in jax.device_get(state.bad_step).items()}
-    step = min(bad.values())
-    if step != NEVER:
-      raise self._not_finite(step, [part for part, first in bad.items() if first == step])
-    if parts := not_finite(state):
-      raise self._not_finite(int(state.step) - 1, parts)
+    if (found := first_not_finite(state)) is not None:
+      raise self._not_finite(*found)
 
   def _not_finite(self, step: int, parts: list[str]) -> NonFiniteError:
     self.checkpoints.wait()
-    kept = self.checkpoints.steps
-    return NonFiniteError(
-      f"step {step + 1:,}: not finite: {', '.join(parts)}; the learning rates were "
-      f"{self._learning_rate(step):.3g} (dense) and "
-      f"{self.config.embedding.learning_rate * float(self.trainer.share(step)):.3g} (tables); "
-      + (f"the checkpoint of step {kept[-1]:,} is intact; " if kept else "")
-      + "lower them, or set config.optimizer.clip_norm"
-    )
+    return NonFiniteError(self.trainer, step, parts, self.checkpoints.steps)
 
   def _evaluate(self, state: TrainState, done: int) -> TrainState:
     """Measures on valid, remembers the best, and begins a new window of training metrics."""
@@ -229,13 +234,7 @@ class _Run:
     return state._replace(sums=self.programs.no_sums())
 
   def _results(self, state: TrainState, split: str) -> dict[str, dict[str, Any]]:
-    batches = evaluation_batches(
-      self.data,
-      split,
-      batch_size=self.config.data.eval_batch_size,
-      history_length=self.config.data.history,
-      **part_of_process(self.mesh),
-    )
+    batches = evaluation(self.config, self.setup, split)
     try:
       batches = self.peers.phases(f"evaluation on {split}", batches)
       return evaluate(self.programs.predict, state, batches, self.data.features)
@@ -256,13 +255,15 @@ class _Run:
     }
     self.checkpoints.save(done, state, notes, best=self.best.step)
 
-  def _resume(self) -> TrainState:
-    restored = self.checkpoints.restore(self.trainer.abstract())
-    notes = restored.notes
+  def _recall(self, notes: dict[str, Any]) -> None:
+    """Goes on where the run was when it saved a checkpoint."""
     self.feed.set_state(notes["position"])
     self.best = BestSoFar(**notes["best"])
     kept = (notes[name] for name in ("valid", "train_loss", "seconds"))
     self.valid, self.train_loss, self.seconds = kept
+
+  def _restore(self) -> TrainState:
+    restored = self.checkpoints.restore(self.trainer.abstract())
     self.progress.say(f"resuming from the checkpoint of step {restored.step:,}")
     return restored.state
 
@@ -272,7 +273,6 @@ class _Run:
     if self.best.step is not None and self.best.step != done:
       state = self.checkpoints.restore(self.trainer.abstract(), self.best.step).state
     test = self._results(state, "test")
-    self.phases.add("compile", self.programs.compile_seconds)
     batch = self.config.data.batch_size
     summary = {
       "name": self.config.name,

@@ -30,6 +30,7 @@ from gemjax.data.next_item import Batch, Sequences, read_events
 from gemjax.layers.dropout import example_keys
 from gemjax.metrics.ranking import ranking, ranks
 from gemjax.models.next_item import NextItemTower
+from gemjax.train.cache import Cache
 from gemjax.train.optimizer import dense_optimizer
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, WorkdirError, write_json
 
@@ -138,6 +139,7 @@ def train_next_item(config: NextItem, workdir: pathlib.Path) -> dict[str, Any]:
   with (
     Workdir(workdir) as folder,
     contextlib.closing(Checkpoints(folder.path / CHECKPOINTS)) as checkpoints,
+    Cache.of_run(folder.path).behind_jax(),
   ):
     state, notes = _begin(trainer, checkpoints)
     for epoch in range(int(state.step) // train.batches, config.epochs):

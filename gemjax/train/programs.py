@@ -1,9 +1,10 @@
-"""The compiled programs of a run, made when they are first needed."""
+"""The compiled programs of a run, made when they are first needed or ahead of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ from gemjax.features import Batch
 from gemjax.parallel.arrays import to_devices, to_host
 from gemjax.train.compiled import Compiled
 from gemjax.train.cost import jagged_flops
+from gemjax.train.executables import Executables
 from gemjax.train.flops import matmul_flops
-from gemjax.train.state import Trainer, TrainState
+from gemjax.train.state import Trainer, TrainState, init_state
 from gemjax.train.step import (
   Report,
   average_step,
@@ -30,31 +32,88 @@ from gemjax.train.step import (
 class Programs:
   """Of one trainer. The capacity of the exchange of rows is that of the first batch of training, if
   the config names none, and of evaluation: a larger batch later takes more rounds.
+
+  Args:
+    trainer: What they are of.
+    executables: Where they are kept for the next start, if anywhere.
   """
 
-  def __init__(self, trainer: Trainer):
-    self._trainer = trainer
+  def __init__(self, trainer: Trainer, executables: Executables | None = None):
+    executables = executables or Executables()
+    self._trainer, self._executables = trainer, executables
     self._shardings = trainer.shardings
+    self._plan: Compiled | None = None
     self._step: Compiled | None = None
     self._predict: Compiled | None = None
-    self._average = jax.jit(
-      functools.partial(average_step, trainer), donate_argnums=0, out_shardings=self._shardings
+    self._born = Compiled(
+      "born",
+      functools.partial(init_state, trainer),
+      executables,
+      out_shardings=self._shardings,
+    )
+    self._average = Compiled(
+      "average",
+      functools.partial(average_step, trainer),
+      executables,
+      donate=(0,),
+      out_shardings=self._shardings,
+    )
+    tasks = len(trainer.features.tasks)
+    # Made where they lie: a device_put over several processes cannot be saved.
+    self._no_sums = Compiled(
+      "no_sums",
+      lambda: metrics.zeros(tasks),
+      executables,
+      out_shardings=self._shardings.sums,
     )
 
   @property
   def compile_seconds(self) -> float:
-    return sum(p.seconds for p in (self._step, self._predict) if p is not None)
+    """Of tracing and compiling, or of loading what an earlier start has compiled."""
+    every = (self._born, self._plan, self._step, self._predict, self._average, self._no_sums)
+    return sum(p.seconds for p in every if p is not None)
 
-  def plan(self, batch: Batch) -> Plans:
-    """The plans of a batch that follows no step; the first call measures it."""
+  def measure(self, batch: Callable[[], Batch]) -> None:
+    """Makes room for the exchange of a first batch, if its room depends on the batch."""
     if self._step is None:
-      self._trainer = measured(self._trainer, batch)
+      if not self._trainer.tables.measured:
+        self._trainer = measured(self._trainer, batch())
+      kept = self._kept(self._trainer)
+      self._plan = Compiled("plan", functools.partial(plan_step, self._trainer), kept, varying=(0,))
       self._step = Compiled(
+        "step",
         functools.partial(train_step, self._trainer),
+        kept,
+        varying=(2, 3),
         donate=(0,),
         out_shardings=(self._shardings, None, None),
       )
-    return jax.jit(functools.partial(plan_step, self._trainer))(batch)
+
+  def prepare(self, batch: Batch, upcoming: Batch) -> None:
+    """Has `plan` and `step` ready for batches of these shapes; once measured, nothing runs."""
+    self.measure(lambda: batch)
+    plans = self._plan.prepare((batch,), lambda: (batch,)).outputs
+    state = lambda: (self._trainer.abstract(), _placed(plans, batch), batch, upcoming)
+    self._step.prepare((batch, upcoming), state)
+
+  def prepare_to_predict(self, batch: Batch) -> None:
+    """Has `predict` ready, and what else training needs."""
+    batch = to_devices(self._trainer.mesh, batch)
+    state = lambda: (self._trainer.abstract(), batch)
+    self._predicting(batch).prepare((batch,), state)
+    self._born.prepare((), tuple)
+    self._no_sums.prepare((), tuple)
+    if self._trainer.tables.averaged:
+      self._average.prepare((), lambda: (self._trainer.abstract(),))
+
+  def born(self) -> TrainState:
+    """The state before the first step, every array born where it lies."""
+    return self._born()
+
+  def plan(self, batch: Batch) -> Plans:
+    """The plans of a batch that follows no step; the first call measures it."""
+    self.measure(lambda: batch)
+    return self._plan(batch)
 
   def step(
     self, state: TrainState, plans: Plans, batch: Batch, upcoming: Batch
@@ -68,19 +127,12 @@ class Programs:
 
   def no_sums(self) -> metrics.MetricSums:
     """Of a new window of training metrics."""
-    # Made where it lies: a device_put over several processes cannot be saved.
-    tasks = len(self._trainer.features.tasks)
-    return jax.jit(lambda: metrics.zeros(tasks), out_shardings=self._shardings.sums)()
+    return self._no_sums()
 
   def predict(self, state: TrainState, batch: Batch) -> np.ndarray:
     """logits_BT of this process' rows."""
     batch = to_devices(self._trainer.mesh, batch)
-    if self._predict is None:
-      trainer = dataclasses.replace(
-        self._trainer, tables=dataclasses.replace(self._trainer.tables, capacity={})
-      )
-      self._predict = Compiled(functools.partial(predict_step, measured(trainer, batch)))
-    return to_host(self._predict(state, batch))
+    return to_host(self._predicting(batch)(state, batch))
 
   def flops(self, state: TrainState, batch: Batch) -> float:
     """Of the matrix products of one training step with the events of `batch`."""
@@ -91,6 +143,18 @@ class Programs:
     jagged = jagged_flops(self._trainer.config, lengths) * share
     return matmul_flops(step, state, plans, batch, batch) + jagged
 
+  def _predicting(self, batch: Batch) -> Compiled:
+    if self._predict is None:
+      tables = dataclasses.replace(self._trainer.tables, capacity={})
+      trainer = measured(dataclasses.replace(self._trainer, tables=tables), batch)
+      self._predict = Compiled(
+        "predict", functools.partial(predict_step, trainer), self._kept(trainer), varying=(1,)
+      )
+    return self._predict
+
+  def _kept(self, trainer: Trainer) -> Executables:
+    return self._executables.of(capacity=trainer.tables.capacity)
+
 
 def measured(trainer: Trainer, batch: Any) -> Trainer:
   """With room for what the devices ask of each other in `batch`, a global array."""
@@ -99,3 +163,9 @@ def measured(trainer: Trainer, batch: Any) -> Trainer:
   sizes = jax.device_get(jax.jit(functools.partial(bucket_step, trainer))(batch))
   tables = trainer.tables.with_capacity({name: int(size) for name, size in sizes.items()})
   return dataclasses.replace(trainer, tables=tables)
+
+
+def _placed(plans: Plans, batch: Batch) -> Plans:
+  """Plans lie as their batch does."""
+  at = batch.weight_B.sharding
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), plans)

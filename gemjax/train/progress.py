@@ -8,14 +8,14 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tqdm
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
-from tensorboardX.summary import scalar
 
 from gemjax.parallel.peers import Peers
+
+if TYPE_CHECKING:  # Imported with the first figures: where there is PyTorch, it loads that, too.
+  from tensorboardX.event_file_writer import EventsWriter
 
 
 class Phases:
@@ -24,6 +24,12 @@ class Phases:
   def __init__(self, peers: Peers | None = None):
     self.peers = peers or Peers()
     self.seconds: dict[str, float] = {}
+    self._start = time.perf_counter()
+
+  @property
+  def since_start(self) -> float:
+    """Seconds, imports included; phases may have run beside each other."""
+    return time.perf_counter() - self._start + self.seconds.get("imports", 0.0)
 
   @contextlib.contextmanager
   def __call__(self, name: str, *, endless: bool = False) -> Iterator[None]:
@@ -43,11 +49,12 @@ class Progress:
     self._folder = workdir / "tensorboard"
     self._steps, self._batch_size = steps, batch_size
     self._events: EventsWriter | None = None
+    self._begun = 0
     self._bar: tqdm.tqdm | None = None
     self._shown = shown  # One process of a run speaks for all.
 
   def begin(self, step: int) -> None:
-    """Opens the bar and a new file of events, which hides what a killed run logged after `step`."""
+    """Opens the bar; what a killed run logged after `step` will be hidden."""
     if not self._shown:
       return
     # Counted in examples, so that the bar's own rate and time left are what people compare.
@@ -59,12 +66,7 @@ class Progress:
       disable=None,
       leave=False,
     )
-    with self._writing():
-      self._folder.mkdir(exist_ok=True)
-      # A file of this start, even if there are two in a second.
-      self._events = EventsWriter(str(self._folder / "events"), f".{os.getpid()}")
-      session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._events.write_event(event_pb2.Event(step=step + 1, session_log=session))
+    self._begun = step
 
   def log(self, step: int, scalars: dict[str, float]) -> None:
     """Shows training scalars of the last steps."""
@@ -106,11 +108,27 @@ class Progress:
 
   def _write(self, step: int, scalars: dict[str, float]) -> None:
     """In this thread: tensorboardX's own thread would die of a full disk and block the training."""
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.summary import scalar
+
     with self._writing():
+      self._open()
       for name, value in scalars.items():
         summary = scalar(name, value)
         self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
       self._events.flush()
+
+  def _open(self) -> None:
+    """A file of this start, even if there are two in a second."""
+    if self._events is not None:
+      return
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+
+    self._folder.mkdir(exist_ok=True)
+    self._events = EventsWriter(str(self._folder / "events"), f".{os.getpid()}")
+    session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._events.write_event(event_pb2.Event(step=self._begun + 1, session_log=session))
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:

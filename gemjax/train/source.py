@@ -6,10 +6,7 @@ import os
 import pathlib
 
 from gemjax import config as config_lib
-from gemjax.data.preparation import prepare, recognise
 from gemjax.data.prepared import MANIFEST, PreparedData, PreparedDataError, open_prepared
-from gemjax.data.raw import fingerprint
-from gemjax.data.simulator import simulate
 from gemjax.train.workdir import DATA
 
 DEMO = "demo"
@@ -39,7 +36,7 @@ def open_data(
         f"{made} holds {found}, but config.data asks for {wanted}; name another --workdir"
       )
     # What it was made from may be gone by now, but not have changed.
-    if path != DEMO and os.path.exists(path) and fingerprint(path) != data.origin["fingerprint"]:
+    if path != DEMO and os.path.exists(path) and _changed(path, data):
       raise PreparedDataError(
         f"{made} was made from {path}, whose files have changed since; name another --workdir"
       )
@@ -48,11 +45,22 @@ def open_data(
     raise PreparedDataError(
       f"{path} is no prepared data set and {made} is missing; name a prepared folder by --data"
     )
+  # Readers of raw data take a third of a second to import, which no later start needs.
   if path == DEMO:
+    from gemjax.data.simulator import simulate
+
     print(f"simulating {config.data.demo_examples:,} ad impressions", flush=True)
     return simulate(made, examples=config.data.demo_examples)
+  from gemjax.data.preparation import prepare, recognise
+
   dataset = recognise(path)
   if dataset is None:
     return open_prepared(path)  # Says what is wrong with it.
   print(f"preparing {dataset} from {path}", flush=True)
   return prepare(dataset, path, made)
+
+
+def _changed(path: str, data: PreparedData) -> bool:
+  from gemjax.data.raw import fingerprint
+
+  return fingerprint(path) != data.origin["fingerprint"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +114,7 @@ def make_trainer(
   layout = layout_tables(features, config.embedding)
   data, model = mesh.shape[DATA], mesh.shape[MODEL]
   tables = ShardedTables.on_mesh(layout, config.embedding, data, model)
-  graph, weights = nnx.split(nnx.eval_shape(lambda: _ranker(config, features, layout)))
+  graph, weights = _abstract_ranker(json.dumps(config.to_json()), features)
   optimizer = dense_optimizer(config.optimizer, steps)
   params = nnx.to_pure_dict(weights)
   specs = param_specs(weights, mesh.shape)
@@ -141,7 +143,7 @@ def state_bytes(config: config_lib.Config, features: FeatureSet) -> int:
   """Of parameters, tables and optimiser state, whole; nothing is computed."""
   layout = layout_tables(features, config.embedding)
   tables = ShardedTables(layout=layout, config=config.embedding, data=1, model=1)
-  _, weights = nnx.split(nnx.eval_shape(lambda: _ranker(config, features, layout)))
+  _, weights = _abstract_ranker(json.dumps(config.to_json()), features)
   params = nnx.to_pure_dict(weights)
   moments = jax.eval_shape(dense_optimizer(config.optimizer, 1).init, params)
   dense = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, moments)))
@@ -189,18 +191,11 @@ def parameter_counts(trainer: Trainer, state: TrainState) -> dict[str, int]:
   }
 
 
-def not_finite(state: TrainState) -> list[str]:
-  """Paths of the arrays that hold a value that is not finite."""
-  tree = {n: getattr(state, n) for n in ("params", "opt_state", "stacks")}
-  finite = jax.device_get(_finite(tree))
-  return [
-    jax.tree_util.keystr(p) for p, ok in jax.tree_util.tree_leaves_with_path(finite) if not ok
-  ]
-
-
-@jax.jit
-def _finite(tree):
-  return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+@functools.lru_cache(maxsize=1)  # The mesh's shape and the trainer ask for the same.
+def _abstract_ranker(config_json: str, features: FeatureSet) -> tuple[nnx.GraphDef, nnx.State]:
+  config = config_lib.Config.from_json(json.loads(config_json))
+  layout = layout_tables(features, config.embedding)
+  return nnx.split(nnx.eval_shape(lambda: _ranker(config, features, layout)))
 
 
 def _ranker(config: config_lib.Config, features: FeatureSet, layout: TableLayout) -> Ranker:

@@ -12,7 +12,7 @@ from gemjax import config as config_lib
 from gemjax.features import FeatureSet
 
 RUN, SUMMARY, CHECKPOINTS, DATA = "run.json", "summary.json", "checkpoints", "data"
-LOCK = "lock"
+COMPILED, LOCK = "compiled", "lock"
 
 
 class WorkdirError(ValueError):
@@ -61,19 +61,20 @@ class Workdir:
     config: config_lib.Config,
     features: FeatureSet,
     digests: dict[str, int],
-    *,
-    begun: bool,
   ) -> None:
-    """Records config, features and the digest of every split of the data; once training has
-    `begun`, they must agree with the record.
+    """Records config, features and the digest of every split of the data; where there are
+    checkpoints, they must agree with the record.
 
     Raises:
       WorkdirError: the field that differs, with both values.
     """
-    if begun:
+    if saved_steps(self.path):
       before = read_run(self.path)
-      found = config_lib.difference(before["config"], config.to_json())
-      if found:
+      try:  # A field that is younger than the run had its default.
+        old = config_lib.Config.from_json(before["config"]).to_json()
+      except config_lib.ConfigError as error:
+        raise WorkdirError(f"{self.path / RUN}: {error}; name another --workdir") from error
+      if found := config_lib.difference(old, config.to_json()):
         raise WorkdirError(f"{self.path} holds a run in which {found}; name another --workdir")
       check_features(self.path, before["features"], features)
       for split, digest in before["digests"].items():
@@ -85,6 +86,12 @@ class Workdir:
     tree = {"config": config.to_json(), "features": features.to_json(), "digests": digests}
     if self.first:
       write_json(self.path / RUN, tree)
+
+
+def saved_steps(path: pathlib.Path) -> list[int]:
+  """Steps of the complete checkpoints of a run, ascending, without Orbax."""
+  names = (file.name for file in (path / CHECKPOINTS).glob("[0-9]*"))
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def check_features(path: pathlib.Path, tree: dict[str, Any], features: FeatureSet) -> None:

@@ -114,10 +114,10 @@ class RowwiseAdagrad:
 
 
 class TorchTrainer:
-  """A model and its two optimisers."""
+  """A model and its two optimisers; `half` computes in bfloat16 as torch.autocast does."""
 
-  def __init__(self, model: TorchWukong):
-    self.model = model
+  def __init__(self, model: TorchWukong, *, half: bool = False):
+    self.model, self.half = model, half
     self.table = RowwiseAdagrad(model.table.weight)
     dense = [w for w in model.parameters() if w is not model.table.weight]
     self.dense = torch.optim.Adam(dense, fused=True)
@@ -125,7 +125,8 @@ class TorchTrainer:
 
   def step(self, ids_BS: np.ndarray, label_B: np.ndarray) -> float:
     """Trains one batch; returns its mean log loss before the update."""
-    logits_B = self.model(torch.from_numpy(ids_BS).to(DEVICE))
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=self.half):
+      logits_B = self.model(torch.from_numpy(ids_BS).to(DEVICE)).float()
     label_B = torch.from_numpy(label_B).to(DEVICE)
     loss = nn.functional.binary_cross_entropy_with_logits(logits_B, label_B)
     loss.backward()
@@ -138,8 +139,8 @@ class TorchTrainer:
     return loss.item()
 
 
-def trainer_of(weights: dict[str, np.ndarray], rows: int) -> TorchTrainer:
+def trainer_of(weights: dict[str, np.ndarray], rows: int, half: bool = False) -> TorchTrainer:
   """A trainer that starts from `weights`."""
   model = TorchWukong(rows=rows)
   model.load_weights(weights)
-  return TorchTrainer(model.to(DEVICE))
+  return TorchTrainer(model.to(DEVICE), half=half)

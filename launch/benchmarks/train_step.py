@@ -17,10 +17,11 @@ from benchmarks import pytorch_wukong as peer
 from benchmarks.own_process import OwnProcess
 from tqdm import tqdm
 
-from gemjax.config import Config, Embedding, Optimizer, Wukong
+from gemjax.config import Config, Embedding, Optimizer, Train, Wukong
+from gemjax.embedding.held import Held
 from gemjax.embedding.replicated import Replicated
 from gemjax.embedding.row_optimizers import rowwise_adagrad
-from gemjax.embedding.stack import Held, StackRule
+from gemjax.embedding.stack import StackRule
 from gemjax.features import Batch, FeatureSet, Sparse
 from gemjax.train.state import Trainer, TrainState, make_trainer
 from gemjax.train.step import plan_step, train_step
@@ -36,7 +37,7 @@ def run() -> dict[str, float]:
 def table_size() -> dict[str, float]:
   """Seconds of a step on the very same batch with 10^4, 10^6 and 10^7 table rows."""
   sizes = {"1e4": 10_000, "1e6": 1_000_000, "1e7": 10_000_000}
-  batch = _batch(np.random.default_rng(0), rows=min(sizes.values()))
+  batch = random_batch(np.random.default_rng(0), rows=min(sizes.values()))
   steps, temporaries = {}, {}
   for name, rows in sizes.items():
     steps[name], temporaries[name] = _stepper(rows, batch)
@@ -52,8 +53,8 @@ def against_pytorch() -> dict[str, float]:
   Plain PyTorch runs in a process of its own. The same with the allocator that gemjax's binaries set
   tells how much of the ratio is the allocator's.
   """
-  trainer, state, step = _wukong(peer.ROWS)
-  rows = _per_field(peer.ROWS) * peer.FIELDS
+  trainer, state, step = wukong(peer.ROWS)
+  rows = per_field(peer.ROWS) * peer.FIELDS
   weights = torch_weights(trainer, state)
   plain = OwnProcess(peer.trainer_of, weights, rows)
   tuned = OwnProcess(peer.trainer_of, weights, rows, tuned=True)
@@ -62,8 +63,8 @@ def against_pytorch() -> dict[str, float]:
   effect_R = 0.5 * rng.standard_normal(rows)
   apart, seconds = [], {"gemjax": [], "plain": [], "tuned": []}
   for _ in tqdm(range(LOSSES), desc="gemjax and PyTorch"):
-    batch = _batch(rng, peer.ROWS)
-    ids_BS = batch.ids_BS + _per_field(peer.ROWS) * np.arange(peer.FIELDS)
+    batch = random_batch(rng, peer.ROWS)
+    ids_BS = batch.ids_BS + per_field(peer.ROWS) * np.arange(peer.FIELDS)
     chance_B = 1 / (1 + np.exp(1 - effect_R[ids_BS].sum(1)))
     label_B = (rng.random(peer.BATCH) < chance_B).astype(np.float32)
     batch = batch._replace(label_BT=label_B[:, None])
@@ -170,20 +171,23 @@ def torch_weights(trainer: Trainer, state: TrainState) -> dict[str, np.ndarray]:
 def _rows(trainer: Trainer, state: TrainState) -> np.ndarray:
   """The tables one behind the other."""
   (stack,) = trainer.tables.layout.stacks
-  count = _per_field(peer.ROWS) * peer.FIELDS
+  count = per_field(peer.ROWS) * peer.FIELDS
   position_R = np.arange(count) * stack.multiplier % stack.rows
   return np.asarray(state.stacks[stack.name].rows_RW)[position_R]
 
 
-def _per_field(rows: int) -> int:
+def per_field(rows: int) -> int:
+  """Rows of a field's table."""
   return rows // peer.FIELDS
 
 
-def _wukong(rows: int):
-  """Trainer, fresh state and jitted step of the peer's model, optimisers and warm-up."""
+def wukong(rows: int, dtype: str = "float32"):
+  """Trainer, fresh state and jitted step of the peer's model, optimisers and warm-up, computing in
+  `dtype`.
+  """
   features = FeatureSet(
     sparse=tuple(
-      Sparse(name=f"c{i}", table=f"c{i}", size=_per_field(rows)) for i in range(peer.FIELDS)
+      Sparse(name=f"c{i}", table=f"c{i}", size=per_field(rows)) for i in range(peer.FIELDS)
     )
   )
   config = Config(
@@ -198,6 +202,7 @@ def _wukong(rows: int):
       head=peer.HEAD,
     ),
     optimizer=Optimizer(learning_rate=peer.DENSE_RATE, warmup=0.1),
+    train=Train(dtype=dtype),
   )
   trainer = make_trainer(config, features, steps=10 * peer.WARMUP)
 
@@ -209,11 +214,12 @@ def _wukong(rows: int):
   return trainer, trainer.born(), jax.jit(step, donate_argnums=0)
 
 
-def _batch(rng: np.random.Generator, rows: int) -> Batch:
+def random_batch(rng: np.random.Generator, rows: int) -> Batch:
+  """Uniform ids, labels of noise."""
   size = peer.BATCH
   return Batch(
     dense_BF=np.zeros((size, 0), np.float32),
-    ids_BS=rng.integers(0, _per_field(rows), (size, peer.FIELDS)).astype(np.int32),
+    ids_BS=rng.integers(0, per_field(rows), (size, peer.FIELDS)).astype(np.int32),
     label_BT=(rng.random((size, 1)) < 0.3).astype(np.float32),
     weight_B=np.ones(size, np.float32),
     group_B=np.full(size, -1, np.int32),
@@ -224,7 +230,7 @@ def _batch(rng: np.random.Generator, rows: int) -> Batch:
 
 def _stepper(rows: int, batch: Batch) -> tuple[Callable[[], None], int]:
   """A function that takes a step and waits for it, and the bytes of its temporaries."""
-  _, state, step = _wukong(rows)
+  _, state, step = wukong(rows)
   compiled = step.lower(state, batch).compile()
 
   def take():

@@ -11,9 +11,10 @@ from meshes import ALL, FAST, ONE
 
 from gemjax.config import Embedding
 from gemjax.embedding import ShardedTables, layout_tables
+from gemjax.embedding.held import Held
 from gemjax.embedding.lookup import positions
 from gemjax.embedding.row import RowSharded
-from gemjax.embedding.stack import Held, _row_keys
+from gemjax.embedding.stack import _row_keys
 from gemjax.features import Batch, FeatureSet, Jagged, Sequence, Sparse, split_words
 
 ROWS, L, B = 5_000_000_000, 8, 32

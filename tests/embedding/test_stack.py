@@ -17,8 +17,10 @@ from gemjax.embedding.duplicates import (
   sum_runs,
   sum_sorted,
 )
+from gemjax.embedding.held import Held
+from gemjax.embedding.rounding import to_bfloat16
 from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS
-from gemjax.embedding.stack import Held, StackRule, round_stochastically
+from gemjax.embedding.stack import StackRule
 
 R, W, M = 50, 4, 32
 LR = 0.1
@@ -170,11 +172,11 @@ def test_a_summand_that_is_not_finite_stays_in_its_segment():
 def test_bfloat16_is_rounded_without_bias():
   x = jnp.full((200_000,), 1 + 1 / 512)  # A quarter of the way between two bfloat16 values.
   noise = jax.random.bits(KEY, x.shape, jnp.uint16)
-  rounded = np.asarray(round_stochastically(x, noise), np.float64)
+  rounded = np.asarray(to_bfloat16(x, noise), np.float64)
   assert set(np.unique(rounded)) == {1.0, 1 + 1 / 128}
   assert abs(rounded.mean() - (1 + 1 / 512)) < 5 * (1 / 128) * np.sqrt(3 / 16 / 200_000)
   odd = np.array([np.inf, -np.inf, np.nan], np.float32)
-  kept = round_stochastically(jnp.asarray(odd), noise[:3]).astype(jnp.float32)
+  kept = to_bfloat16(jnp.asarray(odd), noise[:3]).astype(jnp.float32)
   np.testing.assert_array_equal(kept, odd)
 
 

@@ -1,6 +1,7 @@
 """What the compiled step needs beside the tables: nothing of a table's rows.
 
-Of float32 tables: XLA for CPUs has no bfloat16 gather, and converts the whole of such a table.
+Of float32 and float8 tables: XLA for CPUs has no bfloat16 gather, and converts the whole of such a
+table.
 """
 
 import json
@@ -31,6 +32,7 @@ def test_one_device(optimizer, shrinking):
   ("data", "model", "changes"),
   [
     (2, 4, {"optimizer": "rowwise_adagrad"}),
+    (2, 2, {"optimizer": "sgd", "weight_decay": 0.1, "dtype": "float8_e4m3fn"}),
     (2, 2, {"optimizer": "lazy_adam", "l2": 0.1}),
     (2, 2, {"optimizer": "adagrad", "weight_decay": 0.1, "replicas": "average"}),
   ],

@@ -1,0 +1,123 @@
+"""What a run is made of before its first step, for the training and for compiling ahead of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from gemjax import config as config_lib
+from gemjax.data.pipeline import evaluation_batches, train_batches
+from gemjax.data.prepared import PreparedData
+from gemjax.parallel.arrays import first_process_first
+from gemjax.train.cache import Cache
+from gemjax.train.cost import example_cost
+from gemjax.train.devices import open_mesh, part_of_process
+from gemjax.train.executables import Executables, origin_of
+from gemjax.train.feed import Feed
+from gemjax.train.programs import Programs
+from gemjax.train.progress import Phases
+from gemjax.train.source import open_data
+from gemjax.train.state import Trainer, make_trainer
+from gemjax.train.workdir import Workdir
+
+
+class Setup(NamedTuple):
+  """The parts of a run."""
+
+  data: PreparedData
+  steps: int
+  mesh: Mesh
+  lines: list[str]  # Why the mesh is as it is.
+  trainer: Trainer
+  programs: Programs
+  feed: Feed
+  cache: Cache
+
+
+def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
+  """The parts of the run of `folder`, which is its own from here on.
+
+  Raises:
+    ConfigError, PreparedDataError, WorkdirError: before the folder is touched.
+  """
+  with phases("data", endless=True):  # A raw set of terabytes may have to be prepared.
+    data = first_process_first("data", open_data, config, folder.path)
+    for split in ("train", "valid", "test"):
+      data.split(split)
+  with phases("trainer"):
+    batch = config.data.batch_size
+    epochs = config.train.epochs * data.split("train").examples / batch
+    steps = config.train.steps or math.ceil(epochs)
+    mesh, lines = open_mesh(config, data.features)
+    trainer = make_trainer(config, data.features, steps, mesh)
+    cache = Cache.of_run(folder.path, config.compilation.cache, writes=folder.first)
+    say = functools.partial(print, flush=True) if folder.first else lambda sentence: None
+    executables = Executables(
+      cache, origin_of(config, data.features, steps, mesh), list(mesh.devices.flat), say
+    )
+    batches = train_batches(
+      data,
+      batch_size=batch,
+      seed=config.train.seed,
+      window_blocks=config.data.window_blocks,
+      history_length=config.data.history,
+      cost=functools.partial(example_cost, config) if data.features.history else None,
+      **part_of_process(mesh),
+    )
+    # What can be refused has been refused: from here on the folder is this run's.
+    digests = {name: split.digest for name, split in data.splits.items()}
+    folder.claim(config, data.features, digests)
+  return Setup(
+    data=data,
+    steps=steps,
+    mesh=mesh,
+    lines=lines,
+    trainer=trainer,
+    programs=Programs(trainer, executables),
+    feed=Feed(iter(batches), mesh),
+    cache=cache,
+  )
+
+
+def compile_ahead(
+  config: config_lib.Config, workdir: pathlib.Path, phases: Phases | None = None
+) -> float:
+  """Compiles what `train` will need until its first evaluation, and returns the seconds it took.
+
+  Nothing is trained. Larger batches than the first may need further programs.
+
+  Raises:
+    ConfigError, PreparedDataError, WorkdirError: before any work.
+  """
+  config.validate()
+  if config.compilation.cache == "off":
+    raise config_lib.ConfigError("config.compilation.cache is 'off': nothing would be kept")
+  phases = phases or Phases()
+  with Workdir(workdir, first=not jax.process_index()) as folder:
+    run = set_up(config, folder, phases)
+    start = time.perf_counter()
+    with run.cache.behind_jax():
+      phases.peers.phase("first batch")
+      batch, upcoming = run.feed.ahead(0), run.feed.ahead(1)
+      phases.peers.phase("compile the step")
+      run.programs.prepare(batch, upcoming)
+      phases.peers.phase("compile evaluation")
+      run.programs.prepare_to_predict(next(iter(evaluation(config, run, "valid"))))
+    return time.perf_counter() - start
+
+
+def evaluation(config: config_lib.Config, run: Setup, split: str):
+  """This process' batches of a split, in file order."""
+  return evaluation_batches(
+    run.data,
+    split,
+    batch_size=config.data.eval_batch_size,
+    history_length=config.data.history,
+    **part_of_process(run.mesh),
+  )
