@@ -27,32 +27,15 @@ def main():
     raise target.PlanError(reason)
   config = cli.experiment(_CONFIG)
   topology = target.parse_topology(_TOPOLOGY.value)
+  from gemjax.plan.report import figures, lines
   from gemjax.plan.training import plan_training
 
-  step = plan_training(config, _features(config), topology, _mesh())
-  limit, budget = topology.target.memory_bytes, step.budget
-  print(f"{config.name} on {_TOPOLOGY.value}, mesh {dict(step.trainer.mesh.shape)}, a device:")
-  for part, size in budget._asdict().items():
-    print(f"  {part:<12} {size / 1e9:8.2f} GB")
-  fits = "fits" if budget.total <= limit else "DOES NOT FIT"
-  print(f"  {'total':<12} {budget.total / 1e9:8.2f} GB of {limit / 1e9:.2f} GB: {fits}")
+  found = figures(plan_training(config, _features(config), topology, _mesh()), topology)
+  print(f"{config.name} on {_TOPOLOGY.value}, mesh {found['mesh']}, a device:")
+  for line in lines(found):
+    print(line)
   if _JSON.value:
-    figures = {
-      "fits": budget.total <= limit,
-      "bytes_per_device": budget._asdict() | {"total": budget.total},
-      "collectives": [
-        {
-          "kind": c.kind,
-          "axes": c.axes,
-          "bytes": c.bytes,
-          "trips": c.trips,
-          "behind_matmuls": c.matmuls,  # Matrix products scheduled while it is under way.
-          "name": c.op_name,
-        }
-        for c in step.compiled.collectives
-      ],
-    }
-    pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
+    pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _mesh() -> tuple[int, int] | None:

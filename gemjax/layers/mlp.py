@@ -39,6 +39,7 @@ class Mlp(nnx.Module):
     )
     self.norms = nnx.List([norm(width) for width in hidden] if norm else [])
 
+  @jax.named_scope("mlp")
   def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
     return self.layers[-1](self.hidden(x_BI, key_B))
 

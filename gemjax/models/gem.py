@@ -160,6 +160,7 @@ class GemLayer(nnx.Module):
       [WukongLayer(share, inputs, dim, dtype, rngs) for _ in range(config.width)]
     )
 
+  @jax.named_scope("gem_layer")
   def __call__(
     self, state: State, branches: list[Tokens], candidates: list[jax.Array], index, key_B: Key
   ) -> State:

@@ -66,6 +66,7 @@ class WukongLayer(nnx.Module):
     self.norm = LayerNorm(dim, dtype, rngs, axis=1, eps=eps)
     self.dim, self.relu = dim, getattr(config, "fmb_relu", False)
 
+  @jax.named_scope("wukong_layer")
   def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
     flat = self.mlp(self.fm_norm(self.fm(x_BDN, fold(key_B, 0))), fold(key_B, 1))
     fmb = rearrange(flat, "b (n d) -> b d n", d=self.dim)

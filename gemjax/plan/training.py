@@ -18,7 +18,11 @@ from gemjax.features import HISTORY_STEPS, Batch, Events, FeatureSet, Jagged, ev
 from gemjax.parallel.arrays import BATCH
 from gemjax.plan import target
 from gemjax.plan.compile import Compiled, compile_for
+from gemjax.plan.estimate import Estimate, estimate
+from gemjax.plan.rates import RATES
+from gemjax.train.cost import jagged_flops
 from gemjax.train.devices import shape_mesh
+from gemjax.train.flops import matmul_flops
 from gemjax.train.state import Trainer, make_trainer
 from gemjax.train.step import plan_step, train_step
 
@@ -47,6 +51,8 @@ class PlannedStep(NamedTuple):
   trainer: Trainer
   compiled: Compiled
   budget: Budget
+  estimate: Estimate
+  model_flops: float  # Matrix FLOPs of a device that the model needs, nothing computed twice.
 
 
 def plan_training(
@@ -107,7 +113,16 @@ def plan_training(
     exchange=2 * _held(plans) + min(2 * rows, temporaries),
     activations=max(0, temporaries - 2 * rows),
   )
-  return PlannedStep(trainer, compiled, budget)
+  kernel_flops = jagged_flops(config, _lengths(config, features)) / topology.size
+  traced = matmul_flops(training_step, state, plans, batch, batch) / topology.size
+  estimated = estimate(
+    compiled.text,
+    compiled.collectives,
+    RATES[topology.target.name],
+    topology.gpus_per_host,
+    kernel_flops,
+  )
+  return PlannedStep(trainer, compiled, budget, estimated, traced + kernel_flops)
 
 
 def _batch(config: config_lib.Config, features: FeatureSet, shards: int) -> Batch:
@@ -141,6 +156,12 @@ def _batch(config: config_lib.Config, features: FeatureSet, shards: int) -> Batc
       for events in [shards * event_capacity(per * longest, steps=HISTORY_STEPS)]
     },
   )
+
+
+def _lengths(config: config_lib.Config, features: FeatureSet) -> dict[str, np.ndarray]:
+  """History -> length_B of a batch in which all are as long as allowed."""
+  longest = lambda f: min(f.max_length, config.data.history or f.max_length)
+  return {f.name: np.full(config.data.batch_size, longest(f)) for f in features.history}
 
 
 def _abstract(mesh: Mesh, tree: Any) -> Any:
