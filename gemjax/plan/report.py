@@ -37,6 +37,8 @@ def figures(step: PlannedStep, topology: Topology) -> dict[str, Any]:
     "fits": held.total <= topology.target.memory_bytes,
     "bytes_per_device": held._asdict() | {"total": held.total},
     "memory_bytes": topology.target.memory_bytes,
+    "kept_activation_bytes": step.kept_activations,  # From the forward to the backward pass.
+    "recomputed_layers": step.trainer.config.memory.recomputed_layers,
     "model_flops": step.model_flops,
     "matrix_flops": everything,
     "tensor_core_flop_share": share(""),
@@ -92,6 +94,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
   fits = "fits" if found["fits"] else "DOES NOT FIT"
   limit = found["memory_bytes"] / 1e9
   yield f"  {'total':<12} {held['total'] / 1e9:8.2f} GB of {limit:.2f}: {fits}"
+  kept, again = found["kept_activation_bytes"] / 1e9, found["recomputed_layers"]
+  yield f"kept for the backward pass: {kept:.2f} GB of activations; layers computed again: {again}"
   yield (
     f"matrix FLOPs: {found['model_flops'] / 1e12:.2f} T of the model, "
     f"{found['matrix_flops'] / 1e12:.2f} T computed; on tensor cores "

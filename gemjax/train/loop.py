@@ -19,7 +19,7 @@ from gemjax.data.prepared import PreparedData
 from gemjax.parallel.arrays import first_process_first, of_all_processes
 from gemjax.train import summary as summary_lib
 from gemjax.train.cost import example_cost
-from gemjax.train.devices import open_mesh, part_of_process
+from gemjax.train.devices import open_training, part_of_process
 from gemjax.train.evaluate import PredictionError, evaluate
 from gemjax.train.feed import Feed
 from gemjax.train.programs import Programs
@@ -74,7 +74,7 @@ class _Run:
     self.steps = config.train.steps or math.ceil(config.train.epochs * examples / batch)
     interval = max(1, round(config.train.eval_every * examples / batch))
     self.eval_interval = interval if config.train.eval_every else self.steps
-    self.mesh, lines = open_mesh(config, data.features)
+    self.mesh, config, lines = open_training(config, data.features)
     self.config, self.data, self.folder, self.phases = config, data, folder, phases
     self.termination, self.peers = termination, phases.peers
     self.trainer = make_trainer(config, data.features, self.steps, self.mesh)

@@ -1,0 +1,181 @@
+"""What the backward pass of a layer needs, kept small or computed again.
+
+A layer is a function (weights, inputs...) -> outputs. Its pullback, as JAX makes it, is a pytree of
+arrays: those that follow from the inputs are packed when the forward pass is done with them and
+unpacked when the backward pass begins. No layer has to know of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import dequantize_fp8, quantize_fp8
+
+NARROW = (
+  32  # Rows of fewer numbers are kept as they are: a scale each would cost more than it saves.
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Packed:
+  values: jax.Array  # float8, or words of mask bits.
+  scales: jax.Array | None  # Of rows; None for masks.
+  width: int = dataclasses.field(metadata={"static": True})  # Of a row.
+  dtype: Any = dataclasses.field(metadata={"static": True})
+
+
+class Keeping(NamedTuple):
+  """How the layers of a model keep what their backward pass needs."""
+
+  float8: bool = False
+  recomputed: int = 0  # Layers, from the first on, whose inputs alone are kept.
+
+
+ALL = Keeping()  # As it is computed.
+
+
+def run(keeping: Keeping, module: nnx.Module, *inputs: Any, layer: int | None = None) -> Any:
+  """`module(*inputs)`, which is layer number `layer` of a model, or none that may be recomputed."""
+  graph, weights = nnx.split(module)
+  recompute = layer is not None and layer < keeping.recomputed
+  called = lambda weights, *inputs: nnx.merge(graph, weights)(*inputs)
+  return saved(called, float8=keeping.float8, recompute=recompute)(weights, *inputs)
+
+
+def scan(
+  keeping: Keeping,
+  layer: Callable,
+  carry: Any,
+  stack: Any,
+  *shared: Any,
+  first: int = 0,
+  unroll: int = 1,
+) -> Any:
+  """The carry behind all layers of a stack, in at most two loops: recomputed layers, and others.
+
+  Args:
+    keeping: Of the model.
+    layer: (weights, carry, index, *shared) -> carry; pure, closes over no array.
+    carry: What the first one reads.
+    stack: Weights of all layers, of an axis more.
+    shared: What every layer reads.
+    first: The number of the stack's first layer in the model.
+    unroll: As in `jax.lax.scan`.
+  """
+  count = len(jax.tree.leaves(stack)[0])
+  border = min(max(keeping.recomputed - first, 0), count)
+  carry = _loop(keeping, layer, carry, stack, shared, range(border), True, unroll)
+  return _loop(keeping, layer, carry, stack, shared, range(border, count), False, unroll)
+
+
+def _loop(keeping, layer, carry, stack, shared, part: range, recompute: bool, unroll: int):
+  count = len(jax.tree.leaves(stack)[0])
+  if not part:
+    return carry
+  step = saved(layer, float8=keeping.float8, recompute=recompute)
+  if len(part) < count:
+    stack = jax.tree.map(lambda w: w[part.start : part.stop], stack)
+
+  def turn(carry, at):
+    weights, index = at
+    return step(weights, carry, index, *shared), None
+
+  return jax.lax.scan(turn, carry, (stack, jnp.arange(part.start, part.stop)), unroll=unroll)[0]
+
+
+def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
+  """`layer(weights, *inputs)` with the same outputs, whose backward pass needs less memory.
+
+  Args:
+    layer: Pure; closes over no array.
+    float8: What is saved of floats is rounded to float8_e4m3fn with a scale for each row of the
+      last axis, masks become bits: about half of bfloat16, a quarter of float32. Weights,
+      statistics (an axis of size 1) and rows of less than 32 numbers stay as they are. Saved
+      numbers are then wrong by up to 1/16.
+    recompute: Only the inputs are saved, as they are, and the layer is computed again when its
+      gradient is due.
+
+  Source: activations in 8 bits as in COAT (Xi et al. 2024, arXiv 2410.19313); recomputation as in
+  Chen et al. 2016, arXiv 1604.06174.
+  """
+  if not (float8 or recompute):
+    return layer
+
+  @jax.custom_vjp
+  def wrapped(weights, *inputs):
+    return layer(weights, *inputs)
+
+  def forward(weights, *inputs):
+    if recompute:
+      return layer(weights, *inputs), (weights, inputs)
+    outputs, pullback = jax.vjp(layer, weights, *inputs)
+    leaves, tree = jax.tree.flatten(pullback)
+    follows = _follow_from_inputs(
+      lambda *a: jax.tree.leaves(jax.vjp(layer, *a)[1]), weights, inputs
+    )
+    packed = {}  # An array that several products need is packed once.
+    for leaf, is_activation in zip(leaves, follows, strict=True):
+      packed.setdefault(id(leaf), _pack(leaf) if is_activation else leaf)
+    return outputs, jax.tree.unflatten(tree, [packed[id(leaf)] for leaf in leaves])
+
+  def backward(kept, gradients):
+    if recompute:
+      # Behind the barrier this is another computation than the forward one, whose results go.
+      weights, inputs = jax.lax.optimization_barrier(kept)
+      _, pullback = jax.vjp(layer, weights, *inputs)
+    else:
+      pullback = jax.tree.map(_unpack, kept, is_leaf=lambda x: isinstance(x, _Packed))
+    return pullback(gradients)
+
+  wrapped.defvjp(forward, backward)
+  return wrapped
+
+
+def bytes_saved(function: Callable, *args: Any) -> int:
+  """Bytes that the backward pass of `function(*args)` needs, arguments left out.
+
+  Under `jax.eval_shape` nothing is computed.
+  """
+  _, pullback = jax.vjp(function, *args)
+  given = {id(x) for x in jax.tree.leaves(args)}
+  kept = {id(x): x for x in jax.tree.leaves(pullback) if id(x) not in given}
+  return sum(x.size * x.dtype.itemsize for x in kept.values())
+
+
+def _pack(x: jax.Array) -> jax.Array | _Packed:
+  if x.ndim < 2 or x.shape[-1] < NARROW or 1 in x.shape:
+    return x
+  if x.dtype == jnp.bool_:
+    return _Packed(jnp.packbits(x, axis=-1), None, x.shape[-1], x.dtype)
+  if x.dtype not in (jnp.float32, jnp.bfloat16):
+    return x
+  values, scales = quantize_fp8(x, granularity="row")
+  return _Packed(values, scales, x.shape[-1], x.dtype)
+
+
+def _unpack(x: jax.Array | _Packed) -> jax.Array:
+  if not isinstance(x, _Packed):
+    return x
+  # Else XLA makes the wide array in the forward pass and keeps that.
+  values = jax.lax.optimization_barrier(x.values)
+  if x.scales is None:
+    return jnp.unpackbits(values, axis=-1, count=x.width).astype(x.dtype)
+  return dequantize_fp8(values, x.scales, dtype=x.dtype)
+
+
+def _follow_from_inputs(function: Callable, weights: Any, inputs: tuple) -> list[bool]:
+  """Whether each output of `function(weights, *inputs)` depends on the inputs."""
+  jaxpr = jax.make_jaxpr(function)(weights, *inputs).jaxpr
+  own = set(jaxpr.invars[len(jax.tree.leaves(weights)) :])
+  literal = lambda v: hasattr(v, "val")
+  for eqn in jaxpr.eqns:
+    if any(not literal(v) and v in own for v in eqn.invars):
+      own.update(eqn.outvars)
+  return [not literal(v) and v in own for v in jaxpr.outvars]
