@@ -87,6 +87,7 @@ class Train:
   log_every: int = 50
   eval_every: float = 1.0  # In epochs; 0: only at the end.
   stop_metric: str = "auc"  # Of the first task on valid: auc | gauc | ne | log_loss.
+  profile_steps: int = 0  # Steps behind the first ten that are traced into WORKDIR/profile.
   patience: int = 0  # Evaluations without a better metric before the run stops; 0: never.
 
 
@@ -198,6 +199,7 @@ class Config:
     _need(real(train.eval_every), "train.eval_every", train.eval_every, "at least 0")
     _need(0 <= train.seed < 2**31, "train.seed", train.seed, "in [0, 2^31)")
     _need(train.log_every > 0, "train.log_every", train.log_every, "positive")
+    _need(train.profile_steps >= 0, "train.profile_steps", train.profile_steps, "at least 0")
     _need(train.patience >= 0, "train.patience", train.patience, "at least 0")
     one_of(memory.activations, "memory.activations", "computed", "float8")
     budget = memory.activation_budget
@@ -228,6 +230,7 @@ FREE_ON_RESUME = (
   "memory.recomputed_layers",
   "memory.activation_budget",
   "train.log_every",
+  "train.profile_steps",
   "train.patience",
   "checkpoint.every",
   "checkpoint.keep",

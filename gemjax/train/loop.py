@@ -81,7 +81,7 @@ class _Run:
     # Where groups update tables of their own, steps at which nothing else may look at them.
     self.apart = config.embedding.average_every if self.trainer.tables.averaged else 1
     self.eval_interval = -(-self.eval_interval // self.apart) * self.apart
-    self.programs = Programs(self.trainer)
+    self.programs = Programs(self.trainer, folder.path)
     batches = train_batches(
       data,
       batch_size=batch,

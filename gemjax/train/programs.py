@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from gemjax.parallel.arrays import to_devices, to_host
 from gemjax.train.compiled import Compiled
 from gemjax.train.cost import jagged_flops
 from gemjax.train.flops import matmul_flops
+from gemjax.train.profile import Profile
 from gemjax.train.state import Trainer, TrainState
 from gemjax.train.step import (
   Report,
@@ -32,8 +34,11 @@ class Programs:
   the config names none, and of evaluation: a larger batch later takes more rounds.
   """
 
-  def __init__(self, trainer: Trainer):
+  def __init__(self, trainer: Trainer, folder: pathlib.Path | None = None):
+    """With a folder, steps are profiled into it where the config asks for it."""
     self._trainer = trainer
+    steps = trainer.config.train.profile_steps
+    self._profile = Profile(folder, steps) if folder and steps else None
     self._shardings = trainer.shardings
     self._step: Compiled | None = None
     self._predict: Compiled | None = None
@@ -60,7 +65,12 @@ class Programs:
     self, state: TrainState, plans: Plans, batch: Batch, upcoming: Batch
   ) -> tuple[TrainState, Plans, Report]:
     """`train_step`; the state is overwritten."""
-    return self._step(state, plans, batch, upcoming)
+    if self._profile is None:
+      return self._step(state, plans, batch, upcoming)
+    self._profile.before(state)
+    result = self._step(state, plans, batch, upcoming)
+    self._profile.after(result)
+    return result
 
   def average(self, state: TrainState) -> TrainState:
     """`average_step`; the state is overwritten."""
