@@ -79,6 +79,11 @@ def _loop(keeping, layer, carry, stack, shared, part: range, recompute: bool, un
   count = len(jax.tree.leaves(stack)[0])
   if not part:
     return carry
+  rest = len(part) % unroll
+  if rest and rest < len(part):
+    # JAX would join what the rest keeps to what the loop does, a copy of all in the backward pass.
+    carry = _loop(keeping, layer, carry, stack, shared, part[:-rest], recompute, unroll)
+    part = part[-rest:]
   step = saved(layer, float8=keeping.float8, recompute=recompute)
   if len(part) < count:
     stack = jax.tree.map(lambda w: w[part.start : part.stop], stack)
