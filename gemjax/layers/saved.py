@@ -58,7 +58,7 @@ def scan(
   first: int = 0,
   unroll: int = 1,
 ) -> Any:
-  """The carry behind all layers of a stack, in at most two loops: recomputed layers, and others.
+  """The carry behind all layers of a stack: those to be recomputed in one loop, the others in one.
 
   Args:
     keeping: Of the model.

@@ -252,9 +252,9 @@ class Gem(nnx.Module):
   ) -> jax.Array:
     B, _, D = x_BND.shape
     kept = self.keeping
-    tokens = [events(histories[name]) for name, events in zip(self.names, self.events)]
+    tokens = [run(kept, events, histories[name]) for name, events in zip(self.names, self.events)]
     asking = [events.candidate(x_BND) for events in self.events]
-    interests = [of(*past)[:, None] for of, *past in zip(self.interests, tokens, asking)]
+    interests = [run(kept, of, *past)[:, None] for of, *past in zip(self.interests, tokens, asking)]
     x_BND = jnp.concatenate([x_BND, *interests], 1)
     past, candidate = dict(zip(self.names, tokens)), dict(zip(self.names, asking))
     branches = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemjax import config as c
-from gemjax.features import Batch, Dense, FeatureSet, Sparse
+from gemjax.features import Batch, Dense, EventColumn, FeatureSet, History, Sparse
 from gemjax.parallel.mesh import make_mesh
 from gemjax.train.activations import activation_bytes, fit_budget, largest_batch
 from gemjax.train.devices import open_training
@@ -74,6 +74,30 @@ def test_activations_grow_with_the_batch_and_8_bits_keep_less():
   grown = activation_bytes(trainer, largest_batch(twice, FEATURES, 8))
   assert 1.8 * kept(0) < grown <= 2 * kept(0)  # All but weights cast to the type of the step.
   assert kept(0, "float8") < 0.5 * kept(0) and kept(LAYERS) < 0.5 * kept(0)
+
+
+@pytest.mark.slow  # Tracing GEM thrice.
+def test_sequences_of_gem_keep_less_as_well():
+  item = {"size": 100, "table": "item"}
+  features = FeatureSet(
+    sparse=(Sparse(name="item", **item),),
+    history=(History(name="clicks", columns=(EventColumn(name="item", **item),), max_length=64),),
+  )
+  mesh = make_mesh(1, 1, jax.devices()[:1])
+
+  def kept(**memory):
+    of = dataclasses.replace(
+      config(64, **memory),
+      model=c.Gem(layers=2, fmb_units=8, lcb_units=8, mlp=(64,), head=(32,), cls=2),
+      embedding=c.Embedding(dim=64),
+      train=c.Train(dtype="bfloat16"),
+    )
+    of.validate()
+    return activation_bytes(make_trainer(of, features, 1, mesh), largest_batch(of, features, 1))
+
+  whole = kept()
+  assert kept(recomputed_layers=3) < 0.4 * whole
+  assert kept(activations="float8") < 0.7 * whole
 
 
 @functools.cache
