@@ -26,7 +26,7 @@ NARROW = (
 @dataclasses.dataclass
 class _Packed:
   values: jax.Array  # float8, or words of mask bits.
-  scales: jax.Array | None  # Of rows; None for masks.
+  exponents: jax.Array | None  # uint8, of the rows' scales, 2^(e - 127); None for masks.
   width: int = dataclasses.field(metadata={"static": True})  # Of a row.
   dtype: Any = dataclasses.field(metadata={"static": True})
 
@@ -122,11 +122,10 @@ def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
       return layer(weights, *inputs), (weights, inputs)
     outputs, pullback = jax.vjp(layer, weights, *inputs)
     leaves, tree = jax.tree.flatten(pullback)
-    follows = _follow_from_inputs(
-      lambda *a: jax.tree.leaves(jax.vjp(layer, *a)[1]), weights, inputs
-    )
+    jaxpr, of_inputs = _traced_pullback(layer, weights, inputs)
     packed = {}  # An array that several products need is packed once.
-    for leaf, is_activation in zip(leaves, follows, strict=True):
+    for leaf, v in zip(leaves, jaxpr.outvars, strict=True):
+      is_activation = not _is_literal(v) and v in of_inputs
       packed.setdefault(id(leaf), _pack(leaf) if is_activation else leaf)
     return outputs, jax.tree.unflatten(tree, [packed[id(leaf)] for leaf in leaves])
 
@@ -143,15 +142,13 @@ def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
   return wrapped
 
 
-def bytes_saved(function: Callable, *args: Any) -> int:
-  """Bytes that the backward pass of `function(*args)` needs, arguments left out.
-
-  Under `jax.eval_shape` nothing is computed.
+def bytes_saved(function: Callable, weights: Any, *inputs: Any) -> int:
+  """Bytes of the arrays that `function(weights, *inputs)` makes from its inputs and keeps for its
+  backward pass; nothing is computed.
   """
-  _, pullback = jax.vjp(function, *args)
-  given = {id(x) for x in jax.tree.leaves(args)}
-  kept = {id(x): x for x in jax.tree.leaves(pullback) if id(x) not in given}
-  return sum(x.size * x.dtype.itemsize for x in kept.values())
+  jaxpr, of_inputs = _traced_pullback(function, weights, inputs)
+  kept = {v for v in jaxpr.outvars if not _is_literal(v) and v in of_inputs}
+  return sum(v.aval.size * v.aval.dtype.itemsize for v in kept - set(jaxpr.invars))
 
 
 def _pack(x: jax.Array) -> jax.Array | _Packed:
@@ -162,7 +159,9 @@ def _pack(x: jax.Array) -> jax.Array | _Packed:
   if x.dtype not in (jnp.float32, jnp.bfloat16):
     return x
   values, scales = quantize_fp8(x, granularity="row")
-  return _Packed(values, scales, x.shape[-1], x.dtype)
+  # Powers of two: the exponent of the float says all.
+  bits = jax.lax.bitcast_convert_type(scales, jnp.uint32)
+  return _Packed(values, (bits >> 23).astype(jnp.uint8), x.shape[-1], x.dtype)
 
 
 def _unpack(x: jax.Array | _Packed) -> jax.Array:
@@ -170,17 +169,23 @@ def _unpack(x: jax.Array | _Packed) -> jax.Array:
     return x
   # Else XLA makes the wide array in the forward pass and keeps that.
   values = jax.lax.optimization_barrier(x.values)
-  if x.scales is None:
+  if x.exponents is None:
     return jnp.unpackbits(values, axis=-1, count=x.width).astype(x.dtype)
-  return dequantize_fp8(values, x.scales, dtype=x.dtype)
+  bits = x.exponents.astype(jnp.uint32) << 23
+  scales = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  return dequantize_fp8(values, scales, dtype=x.dtype)
 
 
-def _follow_from_inputs(function: Callable, weights: Any, inputs: tuple) -> list[bool]:
-  """Whether each output of `function(weights, *inputs)` depends on the inputs."""
-  jaxpr = jax.make_jaxpr(function)(weights, *inputs).jaxpr
-  own = set(jaxpr.invars[len(jax.tree.leaves(weights)) :])
-  literal = lambda v: hasattr(v, "val")
+def _traced_pullback(function: Callable, weights: Any, inputs: tuple):
+  """(program that makes the arrays of the pullback, its variables that follow from the inputs)."""
+  pullback = lambda *args: jax.tree.leaves(jax.vjp(function, *args)[1])
+  jaxpr = jax.make_jaxpr(pullback)(weights, *inputs).jaxpr
+  of_inputs = set(jaxpr.invars[len(jax.tree.leaves(weights)) :])
   for eqn in jaxpr.eqns:
-    if any(not literal(v) and v in own for v in eqn.invars):
-      own.update(eqn.outvars)
-  return [not literal(v) and v in own for v in jaxpr.outvars]
+    if any(not _is_literal(v) and v in of_inputs for v in eqn.invars):
+      of_inputs.update(eqn.outvars)
+  return jaxpr, of_inputs
+
+
+def _is_literal(v) -> bool:
+  return hasattr(v, "val")
