@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
@@ -120,14 +121,14 @@ def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
   def forward(weights, *inputs):
     if recompute:
       return layer(weights, *inputs), (weights, inputs)
-    outputs, pullback = jax.vjp(layer, weights, *inputs)
-    leaves, tree = jax.tree.flatten(pullback)
-    jaxpr, of_inputs = _traced_pullback(layer, weights, inputs)
+    program, shapes, tree, of_inputs = _traced(layer, weights, inputs)
+    made = jax.extend.core.jaxpr_as_fun(program)(*jax.tree.leaves((weights, inputs)))
+    outputs, leaves = jax.tree.unflatten(jax.tree.structure(shapes), made)
     packed = {}  # An array that several products need is packed once.
-    for leaf, v in zip(leaves, jaxpr.outvars, strict=True):
-      is_activation = not _is_literal(v) and v in of_inputs
-      packed.setdefault(id(leaf), _pack(leaf) if is_activation else leaf)
-    return outputs, jax.tree.unflatten(tree, [packed[id(leaf)] for leaf in leaves])
+    places = program.jaxpr.outvars[-len(leaves) :] if leaves else []
+    for v, leaf in zip(places, leaves, strict=True):
+      packed.setdefault(id(v), _pack(leaf) if id(v) in of_inputs else leaf)
+    return outputs, jax.tree.unflatten(tree, [packed[id(v)] for v in places])
 
   def backward(kept, gradients):
     if recompute:
@@ -146,9 +147,10 @@ def bytes_saved(function: Callable, weights: Any, *inputs: Any) -> int:
   """Bytes of the arrays that `function(weights, *inputs)` makes from its inputs and keeps for its
   backward pass; nothing is computed.
   """
-  jaxpr, of_inputs = _traced_pullback(function, weights, inputs)
-  kept = {v for v in jaxpr.outvars if not _is_literal(v) and v in of_inputs}
-  return sum(v.aval.size * v.aval.dtype.itemsize for v in kept - set(jaxpr.invars))
+  program, (_, leaves), _, of_inputs = _traced(function, weights, inputs)
+  places = program.jaxpr.outvars[-len(leaves) :] if leaves else []
+  kept = {v for v in places if id(v) in of_inputs} - set(program.jaxpr.invars)
+  return sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
 
 
 def _pack(x: jax.Array) -> jax.Array | _Packed:
@@ -176,16 +178,23 @@ def _unpack(x: jax.Array | _Packed) -> jax.Array:
   return dequantize_fp8(values, scales, dtype=x.dtype)
 
 
-def _traced_pullback(function: Callable, weights: Any, inputs: tuple):
-  """(program that makes the arrays of the pullback, its variables that follow from the inputs)."""
-  pullback = lambda *args: jax.tree.leaves(jax.vjp(function, *args)[1])
-  jaxpr = jax.make_jaxpr(pullback)(weights, *inputs).jaxpr
-  of_inputs = set(jaxpr.invars[len(jax.tree.leaves(weights)) :])
-  for eqn in jaxpr.eqns:
-    if any(not _is_literal(v) and v in of_inputs for v in eqn.invars):
-      of_inputs.update(eqn.outvars)
-  return jaxpr, of_inputs
+def _traced(function: Callable, weights: Any, inputs: tuple):
+  """The function with its pullback, traced once, for models are slow to trace.
 
+  Returns (program, shapes of its outputs and of the pullback's arrays, the pullback's structure,
+  ids of the variables that follow from the inputs).
+  """
+  trees = []
 
-def _is_literal(v) -> bool:
-  return hasattr(v, "val")
+  def with_pullback(*args):
+    outputs, pullback = jax.vjp(function, *args)
+    leaves, tree = jax.tree.flatten(pullback)
+    trees.append(tree)
+    return outputs, leaves
+
+  program, shapes = jax.make_jaxpr(with_pullback, return_shape=True)(weights, *inputs)
+  of_inputs = {id(v) for v in program.jaxpr.invars[len(jax.tree.leaves(weights)) :]}
+  for eqn in program.jaxpr.eqns:
+    if any(id(v) in of_inputs for v in eqn.invars):
+      of_inputs.update(map(id, eqn.outvars))
+  return program, shapes, trees[-1], of_inputs
