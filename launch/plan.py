@@ -1,9 +1,11 @@
 """Compiles the training step of a config for a GPU cluster that is not here, and says what a device
-holds. Needs the CUDA wheels (`pip install -e ".[cuda12]"`) and no GPU.
+holds, computes and sends, and how long that would take at best. Needs the CUDA wheels
+(`pip install -e ".[cuda12]"`) and no GPU.
 
 python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=2x64
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -19,6 +21,7 @@ from gemjax.plan import target
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", "h100:1x8", "GPU:HOSTSxGPUS_A_HOST.")
 _MESH = flags.DEFINE_string("mesh", None, "DATAxMODEL; default: by the rule of training.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try meshes, 8 bits and recomputation; see --mesh.")
 _JSON = flags.DEFINE_string("json", None, "File for the figures; default: none is written.")
 
 
@@ -27,32 +30,28 @@ def main():
     raise target.PlanError(reason)
   config = cli.experiment(_CONFIG)
   topology = target.parse_topology(_TOPOLOGY.value)
+  from gemjax.plan.report import figures, lines
+  from gemjax.plan.search import search
   from gemjax.plan.training import plan_training
 
-  step = plan_training(config, _features(config), topology, _mesh())
-  limit, budget = topology.target.memory_bytes, step.budget
-  print(f"{config.name} on {_TOPOLOGY.value}, mesh {dict(step.trainer.mesh.shape)}, a device:")
-  for part, size in budget._asdict().items():
-    print(f"  {part:<12} {size / 1e9:8.2f} GB")
-  fits = "fits" if budget.total <= limit else "DOES NOT FIT"
-  print(f"  {'total':<12} {budget.total / 1e9:8.2f} GB of {limit / 1e9:.2f} GB: {fits}")
+  if _SEARCH.value and _MESH.value:
+    raise target.PlanError("--search chooses the mesh: leave --mesh out")
+  if _SEARCH.value:
+    step = search(config, _features(config), topology, functools.partial(print, flush=True))
+    memory = step.trainer.config.memory
+    print(
+      f"best: --config.train.float8_mlp={step.trainer.config.train.float8_mlp} "
+      f"--config.memory.activations={memory.activations} "
+      f"--config.memory.recomputed_layers={memory.recomputed_layers}"
+    )
+  else:
+    step = plan_training(config, _features(config), topology, _mesh())
+  found = figures(step, topology)
+  print(f"{config.name} on {_TOPOLOGY.value}, mesh {found['mesh']}, a device:")
+  for line in lines(found):
+    print(line)
   if _JSON.value:
-    figures = {
-      "fits": budget.total <= limit,
-      "bytes_per_device": budget._asdict() | {"total": budget.total},
-      "collectives": [
-        {
-          "kind": c.kind,
-          "axes": c.axes,
-          "bytes": c.bytes,
-          "trips": c.trips,
-          "behind_matmuls": c.matmuls,  # Matrix products scheduled while it is under way.
-          "name": c.op_name,
-        }
-        for c in step.compiled.collectives
-      ],
-    }
-    pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
+    pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _mesh() -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from gemjax.config.experiment import Checkpoint as Checkpoint
 from gemjax.config.experiment import Config as Config
 from gemjax.config.experiment import Data as Data
 from gemjax.config.experiment import Embedding as Embedding
+from gemjax.config.experiment import Memory as Memory
 from gemjax.config.experiment import Mesh as Mesh
 from gemjax.config.experiment import Optimizer as Optimizer
 from gemjax.config.experiment import Train as Train

@@ -6,6 +6,7 @@ from typing import Any
 from gemjax import fields
 from gemjax.config.laws import one_of, real, widths
 from gemjax.config.models import Fm, Logistic, Model, Wukong, validate_model
+from gemjax.config.sequences import Gem
 from gemjax.fields import need as _need
 
 # Axes of the device mesh. A batch is split over both; parameters and tables are sharded over
@@ -84,11 +85,26 @@ class Train:
   steps: int = 0  # Overrides epochs where positive.
   seed: int = 0
   dtype: str = "float32"  # Of the computation; parameters stay float32.
+  float8_mlp: bool = (
+    False  # Products of Wukong's and GEM's MLPs in 8 bits; first and last maps not.
+  )
   task_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # 1 unless named.
   log_every: int = 50
   eval_every: float = 1.0  # In epochs; 0: only at the end.
   stop_metric: str = "auc"  # Of the first task on valid: auc | gauc | ne | log_loss.
+  profile_steps: int = 0  # Steps behind the first ten that are traced into WORKDIR/profile.
   patience: int = 0  # Evaluations without a better metric before the run stops; 0: never.
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Memory:
+  """What a device holds for the backward pass of Wukong and GEM; see gemjax/layers/saved.py."""
+
+  activations: str = "computed"  # computed | float8: as they were computed, or in 8 bits.
+  recomputed_layers: int = 0  # From the first on; of these the inputs alone are kept.
+  # Bytes of activations a device, up to 1 as a share of all, to fit into by recomputing as few
+  # layers as possible; 0: no limit.
+  activation_budget: float = 0.0
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -115,6 +131,7 @@ class Config:
   model: Model = dataclasses.field(default_factory=Wukong)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   train: Train = dataclasses.field(default_factory=Train)
+  memory: Memory = dataclasses.field(default_factory=Memory)
   checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
   compilation: Compilation = dataclasses.field(default_factory=Compilation)
 
@@ -136,6 +153,7 @@ class Config:
     """Raises ConfigError for the first field outside its law."""
     fields.check_types(self)
     data, emb, opt, train = self.data, self.embedding, self.optimizer, self.train
+    memory = self.memory
     for name in ("batch_size", "eval_batch_size", "window_blocks"):
       _need(getattr(data, name) > 0, f"data.{name}", getattr(data, name), "positive")
     _need(data.path, "data.path", data.path, "a folder, or 'demo'")
@@ -196,7 +214,19 @@ class Config:
     _need(real(train.eval_every), "train.eval_every", train.eval_every, "at least 0")
     _need(0 <= train.seed < 2**31, "train.seed", train.seed, "in [0, 2^31)")
     _need(train.log_every > 0, "train.log_every", train.log_every, "positive")
+    _need(train.profile_steps >= 0, "train.profile_steps", train.profile_steps, "at least 0")
     _need(train.patience >= 0, "train.patience", train.patience, "at least 0")
+    one_of(memory.activations, "memory.activations", "computed", "float8")
+    budget = memory.activation_budget
+    _need(real(budget), "memory.activation_budget", budget, "a finite number of at least 0")
+    layers = getattr(self.model, "layers", 0) + isinstance(self.model, Gem)
+    recomputed, most = memory.recomputed_layers, layers * isinstance(self.model, Wukong | Gem)
+    law = f"at least 0 and at most {most}, the layers of this model that can be recomputed"
+    _need(0 <= recomputed <= most, "memory.recomputed_layers", recomputed, law)
+    law = "computed, and without a budget, for models other than Wukong and Gem"
+    _need(most or memory == Memory(), "memory.activations", memory.activations, law)
+    law = "false for models other than Wukong and Gem"
+    _need(most or not train.float8_mlp, "train.float8_mlp", train.float8_mlp, law)
     one_of(train.dtype, "train.dtype", "float32", "bfloat16")
     one_of(train.stop_metric, "train.stop_metric", "auc", "gauc", "ne", "log_loss")
     _need(self.checkpoint.every >= 0, "checkpoint.every", self.checkpoint.every, "at least 0")
@@ -214,7 +244,10 @@ FREE_ON_RESUME = (
   "embedding.exchange_rows",
   "data.path",
   "data.eval_batch_size",
+  "memory.recomputed_layers",
+  "memory.activation_budget",
   "train.log_every",
+  "train.profile_steps",
   "train.patience",
   "checkpoint.every",
   "checkpoint.keep",

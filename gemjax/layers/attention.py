@@ -119,6 +119,7 @@ class SelfAttention(nnx.Module):
     self.product = DotProduct(config, dim, own=True, causal=causal)
     self.out = Projection(dim, dim, dtype=dtype, rngs=rngs)
 
+  @jax.named_scope("attention")
   def __call__(self, tokens: Tokens) -> jax.Array:
     q_ED, k_ED, v_ED = jnp.split(self.qkv(tokens.x_ED), 3, axis=1)
     return self.out(self.product(q_ED, k_ED, v_ED, tokens))
@@ -136,6 +137,7 @@ class CrossAttention(nnx.Module):
     self.product = DotProduct(config, dim, own=False, causal=False)
     self.out = Projection(dim, dim, dtype=dtype, rngs=rngs)
 
+  @jax.named_scope("cross_attention")
   def __call__(self, q_BMD: jax.Array, tokens: Tokens) -> jax.Array:
     """A batch of one set of queries, (1, M, D), serves all examples."""
     B, M = len(tokens.offsets_B1) - 1, q_BMD.shape[1]

@@ -61,6 +61,7 @@ class EventInput(nnx.Module):
     self.norm = LayerNorm(dim, dtype, rngs)
     self.places, self.dtype = spec.candidate, dtype
 
+  @jax.named_scope("events")
   def __call__(self, rows: EventRows) -> Tokens:
     x_ED = self._tokens(rows.units_EFD, rows.age_E)
     return tokens_lib.of_lengths(x_ED, rows.lengths_B, rows.age_E)

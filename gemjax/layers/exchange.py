@@ -31,6 +31,7 @@ class UnitSummary(nnx.Module):
     self.compress = UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
     self.gate = Gating(gating, dim, dtype=dtype, rngs=rngs)
 
+  @jax.named_scope("unit_summary")
   def __call__(self, x_BDN: jax.Array) -> jax.Array:
     return self.gate(rearrange(self.compress(x_BDN), "b d m -> b m d"))
 
@@ -67,6 +68,7 @@ class SequenceSummary(nnx.Module):
     pool = lambda: Pma(attention, dim, pma, dtype=dtype, rngs=rngs)
     self.pool = pool() if cross or pma else None
 
+  @jax.named_scope("sequence_summary")
   def __call__(self, tokens: Tokens, query_BMD: jax.Array | None = None) -> jax.Array:
     parts = []
     if self.first:

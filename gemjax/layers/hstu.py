@@ -42,6 +42,7 @@ class HstuBlock(nnx.Module):
     self.out = Projection(dim, dim, dtype=dtype, rngs=rngs)
     self.dropout, self.norm = dropout, norm
 
+  @jax.named_scope("hstu")
   def __call__(self, tokens: Tokens, key_B: Key = None) -> jax.Array:
     uvqk = jax.nn.silu(self.uvqk(self.norm_in(tokens.x_ED)))
     u_ED, v_ED, q_ED, k_ED = jnp.split(uvqk, 4, axis=1)

@@ -31,6 +31,7 @@ class UnitLinear(nnx.Module):
     self.bias_L = nnx.Param(jnp.zeros((outputs,)), axes=("fan_out",)) if bias else None
     self.units, self.dtype = units, dtype
 
+  @jax.named_scope("unit_linear")
   def __call__(self, x_BDN: jax.Array) -> jax.Array:
     y_BDL = map_units(x_BDN, self.kernel_NL[...], self.units, self.dtype)
     return y_BDL if self.bias_L is None else y_BDL + self.bias_L[...].astype(self.dtype)
@@ -56,6 +57,7 @@ class FactorizationMachine(nnx.Module):
       self.compress = UnitLinear(units, rank, dtype=dtype, rngs=rngs)
       self.mlp = Mlp(rank * dim, (4 * rank,), units * rank, dtype=dtype, rngs=rngs)
 
+  @jax.named_scope("fm")
   def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
     if self.kind == "basic":
       pairs = jnp.einsum("bdn,bdm->bnm", x_BDN, x_BDN)

@@ -24,6 +24,7 @@ class Interest(nnx.Module):
   def __init__(self, hidden: tuple[int, ...], dim: int, *, dtype: str, rngs: nnx.Rngs):
     self.weigh = Mlp(4 * dim, hidden, 1, dtype=dtype, rngs=rngs)
 
+  @jax.named_scope("interest")
   def __call__(self, tokens: Tokens, candidate_BD: jax.Array) -> jax.Array:
     e_ED, c_ED = tokens.x_ED, tokens_lib.spread(candidate_BD, tokens)
     weight_E1 = self.weigh(jnp.concatenate([e_ED, c_ED, e_ED - c_ED, e_ED * c_ED], 1))

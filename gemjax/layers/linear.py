@@ -14,6 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from gemjax.config import MODEL
+from gemjax.layers import float8 as float8_lib
 
 # Logical axes of every kernel, the first of them the one that is summed over.
 KERNEL = ("fan_in", "fan_out")
@@ -21,23 +22,34 @@ kernel_init = nnx.initializers.lecun_normal(in_axis=0, out_axis=1)
 
 
 class Linear(nnx.Module):
-  """x_BI -> x_BI W + b, (B, O), computed in `dtype`.
+  """x_BI -> x_BI W + b, (B, O), computed in `dtype`, with `float8` the product in 8 bits.
 
   Parameters are float32; W is born with variance 1 / I (LeCun), b at zero.
   """
 
-  def __init__(self, inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs):
+  def __init__(
+    self, inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs, float8: bool = False
+  ):
     self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs)), axes=KERNEL)
     rngs.params()  # Of the bias, as in nnx.Linear: later weights keep the values they had with it.
     self.bias = nnx.Param(jnp.zeros((outputs,)), axes=("fan_out",))
-    self.inputs, self.dtype = inputs, dtype
+    self.inputs, self.dtype, self.float8 = inputs, dtype, float8
 
   def __call__(self, x_BI: jax.Array) -> jax.Array:
-    y_BO = contract("bi,io->bo", x_BI, self.kernel[...], self.inputs, self.dtype)
+    kernel = self.kernel[...]
+    y_BO = contract("bi,io->bo", x_BI, kernel, self.inputs, self.dtype, float8=self.float8)
     return y_BO + rearrange(self.bias[...].astype(self.dtype), "o -> 1 o")
 
 
-def contract(equation: str, x: jax.Array, kernel: jax.Array, inputs: int, dtype: str) -> jax.Array:
+def contract(
+  equation: str,
+  x: jax.Array,
+  kernel: jax.Array,
+  inputs: int,
+  dtype: str,
+  *,
+  float8: bool = False,
+) -> jax.Array:
   """einsum(equation, x, W) in `dtype`, where W is the whole kernel.
 
   Args:
@@ -46,29 +58,40 @@ def contract(equation: str, x: jax.Array, kernel: jax.Array, inputs: int, dtype:
     kernel: W, or this device's rows of it in the order of the `model` axis.
     inputs: Rows of W.
     dtype: W is cast to it before it is gathered: what the product needs, in half the bytes.
+    float8: Whether x and W are multiplied in 8 bits (gemjax/layers/float8.py).
   """
   x = x.astype(dtype)
   if kernel.shape[0] == inputs:
-    return jnp.einsum(equation, x, kernel.astype(dtype))
-  return _contract_shard(equation, dtype, x, kernel)
+    return _product(float8)(equation, x, kernel.astype(dtype))
+  return _contract_shard(equation, dtype, float8, x, kernel)
+
+
+def _product(in_8_bits: bool):
+  return float8_lib.einsum if in_8_bits else jnp.einsum
 
 
 # Differentiated as it stands, the product would keep the gathered W of every layer for the backward
 # pass, which is what sharding shall save. `jax.checkpoint` would gather again, but hold the gather
 # back until the gradient of the output is there; here it may run ahead, beside other work.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contract_shard(equation, dtype, x, shard):
-  return jnp.einsum(equation, x, _gather(shard, dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _contract_shard(equation, dtype, float8, x, shard):
+  return _product(float8)(equation, x, _gather(shard, dtype))
 
 
-def _forward(equation, dtype, x, shard):
-  return _contract_shard(equation, dtype, x, shard), (x, shard)
+def _forward(equation, dtype, float8, x, shard):
+  if not float8:
+    return _contract_shard(equation, dtype, float8, x, shard), (x, shard)
+  x8, kernel8 = float8_lib.rounded(x), float8_lib.rounded(_gather(shard, dtype))
+  return float8_lib.product(equation, x8, kernel8, dtype), (x8, shard)
 
 
-def _backward(equation, dtype, kept, gradient):
+def _backward(equation, dtype, float8, kept, gradient):
   x, shard = kept
   # Behind the barrier this is another gather than the forward one, whose result can be freed.
   kernel = _gather(jax.lax.optimization_barrier(shard), dtype)
+  if float8:
+    of_x, of_kernel = float8_lib.gradients(equation, x, float8_lib.rounded(kernel), gradient)
+    return of_x, *jax.linear_transpose(lambda s: _gather(s, dtype), shard)(of_kernel)
   of_x = jax.linear_transpose(lambda x: jnp.einsum(equation, x, kernel), x)
   of_shard = jax.linear_transpose(lambda s: jnp.einsum(equation, x, _gather(s, dtype)), shard)
   return *of_x(gradient), *of_shard(gradient)

@@ -34,6 +34,7 @@ class LayerMemory(nnx.Module):
     self.keys_values = Projection(dim, 2 * dim, **make)
     self.dim = dim
 
+  @jax.named_scope("memory")
   def read(self, query_BMD: jax.Array, memory_BLKD: jax.Array, written: jax.Array) -> jax.Array:
     """(B, M, D) from the first `written` memories."""
     k_BLKD, v_BLKD = jnp.split(self.keys_values(memory_BLKD), 2, axis=-1)
@@ -44,6 +45,7 @@ class LayerMemory(nnx.Module):
     v_BED = rearrange(v_BLKD, "b l k d -> b (l k) d")
     return jnp.einsum("bme,bed->bmd", flat.astype(v_BED.dtype), v_BED)
 
+  @jax.named_scope("memory")
   def write(self, x_BDN: jax.Array, memory_BLKD: jax.Array, at: jax.Array) -> jax.Array:
     """`memory_BLKD` with memory number `at`."""
     memory_BKD = self.norm(rearrange(self.compress(x_BDN), "b d k -> b k d"))

@@ -14,7 +14,8 @@ from gemjax.layers.linear import Linear
 
 class Mlp(nnx.Module):
   """x_BI -> x_BO: h <- dropout(relu(h W_i + b_i)) for the hidden widths, then h W + b, the last
-  one computed in `last_dtype` where given. `norm` lies between a hidden layer's map and its ReLU.
+  one computed in `last_dtype` where given. `norm` lies between a hidden layer's map and its ReLU;
+  with `float8` all products are of 8 bits.
 
   Kernels are born with variance 1 / fan-in (LeCun), biases at zero.
   """
@@ -30,15 +31,20 @@ class Mlp(nnx.Module):
     dropout: float = 0.0,
     last_dtype: str | None = None,
     norm: Callable[[int], nnx.Module] | None = None,
+    float8: bool = False,
   ):
     widths = (inputs, *hidden, outputs)
     dtypes = [dtype] * len(hidden) + [last_dtype or dtype]
     self.dropout = dropout
     self.layers = nnx.List(
-      [Linear(i, o, dtype=t, rngs=rngs) for (i, o), t in zip(itertools.pairwise(widths), dtypes)]
+      [
+        Linear(i, o, dtype=t, rngs=rngs, float8=float8)
+        for (i, o), t in zip(itertools.pairwise(widths), dtypes)
+      ]
     )
     self.norms = nnx.List([norm(width) for width in hidden] if norm else [])
 
+  @jax.named_scope("mlp")
   def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
     return self.layers[-1](self.hidden(x_BI, key_B))
 

@@ -23,6 +23,7 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((width,)), axes=("width",))
     self.dtype, self.axis, self.eps = dtype, axis, eps
 
+  @jax.named_scope("norm")
   def __call__(self, x: jax.Array) -> jax.Array:
     return _normalise(self.axis, self.dtype, self.eps, x, self.scale[...], self.bias[...])
 

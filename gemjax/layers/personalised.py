@@ -23,6 +23,7 @@ class PersonalisedFfn(nnx.Module):
     self.kernel = nnx.Param(born(rngs.params(), (inputs, dim * dim)), axes=KERNEL)
     self.inputs, self.dim, self.dtype = inputs, dim, dtype
 
+  @jax.named_scope("personalised")
   def __call__(self, x_sum_BI: jax.Array, tokens: Tokens) -> jax.Array:
     flat = contract("bi,io->bo", x_sum_BI, self.kernel[...], self.inputs, self.dtype)
     w_BDD = rearrange(flat, "b (i o) -> b i o", i=self.dim)

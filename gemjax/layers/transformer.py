@@ -39,6 +39,7 @@ class TransformerBlock(nnx.Module):
     self.mlp = Mlp(dim, (hidden,), dim, dtype=dtype, rngs=rngs, dropout=dropout)
     self.dropout = dropout
 
+  @jax.named_scope("transformer")
   def __call__(self, tokens: Tokens, key_B: Key = None) -> jax.Array:
     key_E, x_ED = event_keys(key_B, tokens), tokens.x_ED
     attended_ED = self.attention(tokens._replace(x_ED=self.norm_attention(x_ED)))

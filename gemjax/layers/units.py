@@ -50,6 +50,7 @@ class UnitInput(nnx.Module):
       self.units += out
     self.small = nnx.List(mlps)
 
+  @jax.named_scope("inputs")
   def __call__(
     self, units_BND: jax.Array, small_BSW: jax.Array, dense_BF: jax.Array, key_B: Key = None
   ) -> jax.Array:

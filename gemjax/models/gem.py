@@ -60,6 +60,7 @@ from gemjax.layers.interest import Interest
 from gemjax.layers.memory import LayerMemory
 from gemjax.layers.norm import LayerNorm
 from gemjax.layers.personalised import PersonalisedFfn
+from gemjax.layers.saved import ALL, Keeping, run, scan
 from gemjax.layers.tokens import Tokens
 from gemjax.layers.transformer import TransformerBlock
 from gemjax.models.heads import DomainHeads
@@ -139,7 +140,13 @@ class GemLayer(nnx.Module):
   """One layer; see the module's docstring."""
 
   def __init__(
-    self, config: config_lib.Gem, branches: tuple[Branch, ...], dim: int, dtype: str, rngs
+    self,
+    config: config_lib.Gem,
+    branches: tuple[Branch, ...],
+    dim: int,
+    dtype: str,
+    rngs: nnx.Rngs,
+    float8_mlp: bool,
   ):
     make = {"dtype": dtype, "rngs": rngs}
     units = config.fmb_units + config.lcb_units
@@ -157,9 +164,10 @@ class GemLayer(nnx.Module):
       lcb_units=config.lcb_units // config.width,
     )
     self.blocks = nnx.List(
-      [WukongLayer(share, inputs, dim, dtype, rngs) for _ in range(config.width)]
+      [WukongLayer(share, inputs, dim, dtype, rngs, float8_mlp) for _ in range(config.width)]
     )
 
+  @jax.named_scope("gem_layer")
   def __call__(
     self, state: State, branches: list[Tokens], candidates: list[jax.Array], index, key_B: Key
   ) -> State:
@@ -199,7 +207,10 @@ class Gem(nnx.Module):
     domains: int,
     dtype: str,
     rngs: nnx.Rngs,
+    keeping: Keeping = ALL,
+    float8_mlp: bool = False,
   ):
+    self.keeping = keeping
     make = {"dtype": dtype, "rngs": rngs}
     outputs = config.fmb_units + config.lcb_units
     histories = histories if config.strides or config.interest else ()
@@ -213,10 +224,11 @@ class Gem(nnx.Module):
     )
     remember = lambda: UnitLinear(units, config.memory_units, **make)
     self.memory = remember() if config.memory_units else None
-    self.first = WukongLayer(config, units, dim, dtype, rngs)
+    self.first = WukongLayer(config, units, dim, dtype, rngs, float8_mlp)
     stack = nnx.split_rngs(splits=config.layers)(
       nnx.vmap(
-        lambda rngs: GemLayer(config, self.branches, dim, dtype, rngs), transform_metadata=STACKED
+        lambda rngs: GemLayer(config, self.branches, dim, dtype, rngs, float8_mlp),
+        transform_metadata=STACKED,
       )
     )
     self.layers = stack(rngs)
@@ -239,9 +251,10 @@ class Gem(nnx.Module):
     domain_B: jax.Array | None = None,
   ) -> jax.Array:
     B, _, D = x_BND.shape
-    tokens = [events(histories[name]) for name, events in zip(self.names, self.events)]
+    kept = self.keeping
+    tokens = [run(kept, events, histories[name]) for name, events in zip(self.names, self.events)]
     asking = [events.candidate(x_BND) for events in self.events]
-    interests = [of(*past)[:, None] for of, *past in zip(self.interests, tokens, asking)]
+    interests = [run(kept, of, *past)[:, None] for of, *past in zip(self.interests, tokens, asking)]
     x_BND = jnp.concatenate([x_BND, *interests], 1)
     past, candidate = dict(zip(self.names, tokens)), dict(zip(self.names, asking))
     branches = [
@@ -254,19 +267,18 @@ class Gem(nnx.Module):
     if self.memory is not None:
       memory_BLKD = memory_BLKD.at[:, 0].set(rearrange(self.memory(x_BDN), "b d k -> b k d"))
     state = State(
-      x_BDN=self.first(x_BDN, fold(key_B, 0)),
+      x_BDN=run(kept, self.first, x_BDN, fold(key_B, 0), layer=0),
       x_ED=tuple(b.x_ED for b in branches),
       s_sum_BMD=jnp.zeros((B, self.told, D), x_BND.dtype),
       memory_BLKD=memory_BLKD,
     )
     graph, weights = nnx.split(self.layers)
 
-    def layer(state, at):
-      weights, index = at
-      key = fold(fold(key_B, 1), index)
-      return nnx.merge(graph, weights)(state, branches, candidates, index, key), None
+    def layer(weights, state, index, branches, candidates, key_B):
+      key = fold(fold(key_B, 1), index + 1)
+      return nnx.merge(graph, weights)(state, branches, candidates, index + 1, key)
 
-    state, _ = jax.lax.scan(layer, state, (weights, jnp.arange(1, self.depth + 1)))
+    state = scan(kept, layer, state, weights, branches, candidates, key_B, first=1)
     s_sum_BMD = state.s_sum_BMD
     if self.summary is not None:
       sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
@@ -274,4 +286,5 @@ class Gem(nnx.Module):
     read = [x_BND] if self.skip else []
     layered_BND = rearrange(state.x_BDN, "b d n -> b n d")
     units_BND = jnp.concatenate([*read, layered_BND, s_sum_BMD], 1)
-    return self.heads(rearrange(units_BND, "b n d -> b (n d)"), domain_B, fold(key_B, 2))
+    read_BI = rearrange(units_BND, "b n d -> b (n d)")
+    return run(kept, self.heads, read_BI, domain_B, fold(key_B, 2))

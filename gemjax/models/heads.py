@@ -42,6 +42,7 @@ class Heads(nnx.Module):
     )
     self.heads = nnx.List([make() for _ in range(tasks)])
 
+  @jax.named_scope("heads")
   def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
     return self.logits(self.hidden(x_BI, key_B))
 
@@ -85,6 +86,7 @@ class DomainHeads(nnx.Module):
     self.bias_KT = zeros(tasks) if domains else None
     self.domains, self.dtype = domains, dtype
 
+  @jax.named_scope("heads")
   def __call__(
     self, x_BI: jax.Array, domain_B: jax.Array | None = None, key_B: Key = None
   ) -> jax.Array:

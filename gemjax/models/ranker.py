@@ -9,6 +9,7 @@ from flax import nnx
 from gemjax import config as config_lib
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.events import EventRows, HistorySpec, pooled
+from gemjax.layers.saved import Keeping
 from gemjax.layers.units import UnitInput
 from gemjax.models.dcnv2 import Dcnv2
 from gemjax.models.din import Din
@@ -83,6 +84,10 @@ class Ranker(nnx.Module):
       )
     if kind is Gem:
       own["domains"] = domains
+    if kind in (Wukong, Gem):
+      memory = config.memory
+      own["keeping"] = Keeping(memory.activations == "float8", memory.recomputed_layers)
+      own["float8_mlp"] = config.train.float8_mlp
     self.inputs = UnitInput(
       dim=emb.dim,
       units=units + more,

@@ -36,6 +36,7 @@ from gemjax.layers.dropout import Key, fold
 from gemjax.layers.interaction import FactorizationMachine, UnitLinear
 from gemjax.layers.mlp import Mlp
 from gemjax.layers.norm import EPS, FrozenBatchNorm, LayerNorm
+from gemjax.layers.saved import ALL, Keeping, run, scan
 from gemjax.models.heads import Heads
 
 # Parameters of the scanned layers have an axis more.
@@ -45,7 +46,15 @@ STACKED = {nnx.PARTITION_NAME: None, "axes": "layer"}
 class WukongLayer(nnx.Module):
   """One layer: (B, D, N) -> (B, D, nF + nL)."""
 
-  def __init__(self, config: config_lib.Wukong, units: int, dim: int, dtype: str, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: config_lib.Wukong,
+    units: int,
+    dim: int,
+    dtype: str,
+    rngs: nnx.Rngs,
+    float8_mlp: bool = False,
+  ):
     outputs = config.fmb_units + config.lcb_units
     # GEM, whose layers these are, too, has the paper's form alone.
     eps = getattr(config, "norm_eps", EPS)
@@ -58,6 +67,7 @@ class WukongLayer(nnx.Module):
       dtype=dtype,
       rngs=rngs,
       dropout=config.dropout,
+      float8=float8_mlp,
     )
     self.compress = UnitLinear(units, config.lcb_units, dtype=dtype, rngs=rngs)
     bias = getattr(config, "residual_bias", False)
@@ -66,6 +76,7 @@ class WukongLayer(nnx.Module):
     self.norm = LayerNorm(dim, dtype, rngs, axis=1, eps=eps)
     self.dim, self.relu = dim, getattr(config, "fmb_relu", False)
 
+  @jax.named_scope("wukong_layer")
   def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
     flat = self.mlp(self.fm_norm(self.fm(x_BDN, fold(key_B, 0))), fold(key_B, 1))
     fmb = rearrange(flat, "b (n d) -> b d n", d=self.dim)
@@ -86,9 +97,12 @@ class Wukong(nnx.Module):
     tasks: int,
     dtype: str,
     rngs: nnx.Rngs,
+    keeping: Keeping = ALL,
+    float8_mlp: bool = False,
   ):
+    self.keeping = keeping
     outputs = config.fmb_units + config.lcb_units
-    make = lambda units, rngs: WukongLayer(config, units, dim, dtype, rngs)
+    make = lambda units, rngs: WukongLayer(config, units, dim, dtype, rngs, float8_mlp)
     # Where X0 already has the shape of the others, every layer goes into the scan.
     self.first = None if units == outputs else make(units, rngs)
     self.depth = config.layers - (self.first is not None)
@@ -109,14 +123,15 @@ class Wukong(nnx.Module):
 
   def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
     x_BDN = rearrange(x_BND, "b n d -> b d n")
+    kept = self.keeping
     if self.first is not None:
-      x_BDN = self.first(x_BDN, fold(key_B, 0))
+      x_BDN = run(kept, self.first, x_BDN, fold(key_B, 0), layer=0)
     if self.layers is not None:
       graph, weights = nnx.split(self.layers)
 
-      def layer(x_BDN, at):
-        weights, index = at
-        return nnx.merge(graph, weights)(x_BDN, fold(fold(key_B, 1), index)), None
+      def layer(weights, x_BDN, index, key_B):
+        return nnx.merge(graph, weights)(x_BDN, fold(fold(key_B, 1), index))
 
-      x_BDN, _ = jax.lax.scan(layer, x_BDN, (weights, jnp.arange(self.depth)), unroll=2)
-    return self.heads(rearrange(x_BDN, "b d n -> b (n d)"), fold(key_B, 2))
+      first = int(self.first is not None)
+      x_BDN = scan(kept, layer, x_BDN, weights, key_B, first=first, unroll=2)
+    return run(kept, self.heads, rearrange(x_BDN, "b d n -> b (n d)"), fold(key_B, 2))

@@ -111,6 +111,12 @@ def buffers_like(text: str, rows: Collection[int]) -> list[Buffer]:
   ]
 
 
+def largest_buffers(text: str) -> list[Buffer]:
+  """Arrays that the program writes as a whole, the largest first; not all live at one time."""
+  found = [buffer for buffer, in_place in _written(hlo.parse(text)) if not in_place]
+  return sorted(found, key=lambda b: -b.shape.bytes)
+
+
 def allocations(dump: str | Path, module: str = "*") -> list[Allocation]:
   """XLA's buffer assignment from the folder given to `environment(dump)`.
 

@@ -7,18 +7,21 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gemjax import config as config_lib
 from gemjax.config import DATA, MODEL
-from gemjax.embedding.lookup import positions
-from gemjax.features import HISTORY_STEPS, Batch, Events, FeatureSet, Jagged, event_capacity
+from gemjax.features import Batch, FeatureSet
 from gemjax.parallel.arrays import BATCH
 from gemjax.plan import target
 from gemjax.plan.compile import Compiled, compile_for
+from gemjax.plan.estimate import Estimate, estimate
+from gemjax.plan.rates import RATES
+from gemjax.train.activations import activation_bytes, fit_budget, largest_batch, look_ups
+from gemjax.train.cost import jagged_flops
 from gemjax.train.devices import shape_mesh
+from gemjax.train.flops import matmul_flops
 from gemjax.train.state import Trainer, make_trainer
 from gemjax.train.step import plan_step, train_step
 
@@ -47,6 +50,9 @@ class PlannedStep(NamedTuple):
   trainer: Trainer
   compiled: Compiled
   budget: Budget
+  estimate: Estimate
+  model_flops: float  # Matrix FLOPs of a device that the model needs, nothing computed twice.
+  kept_activations: int  # Bytes from the forward to the backward pass.
 
 
 def plan_training(
@@ -81,8 +87,9 @@ def plan_training(
       f"config.data.batch_size is {config.data.batch_size}, but must divide by {topology.size} GPUs"
     )
   devices = Mesh(target.devices(topology).reshape(data, model), (DATA, MODEL))
+  config = fit_budget(config, features, devices)
   trainer = make_trainer(config, features, STEPS, devices)
-  batch = _abstract(devices, _batch(config, features, topology.size))
+  batch = _abstract(devices, largest_batch(config, features, topology.size))
   if not trainer.tables.measured:
     trainer = dataclasses.replace(trainer, tables=_with_room(trainer, batch))
   plans = _abstract(devices, jax.eval_shape(functools.partial(plan_step, trainer), batch))
@@ -93,10 +100,7 @@ def plan_training(
 
   jitted = jax.jit(training_step, donate_argnums=0, out_shardings=(trainer.shardings, None, None))
   compiled = compile_for(jitted, (state, plans, batch, batch))
-  rows = sum(
-    4 * held * next(s.width for s in trainer.tables.layout.stacks if s.name == name)
-    for name, held in _look_ups(trainer, batch).items()
-  )
+  rows = sum(4 * count * width for count, width in look_ups(trainer, batch).values())
   temporaries = compiled.memory.temporaries
   budget = Budget(
     tables=sum(_held(stack.rows_RW) for stack in state.stacks.values()),
@@ -107,40 +111,27 @@ def plan_training(
     exchange=2 * _held(plans) + min(2 * rows, temporaries),
     activations=max(0, temporaries - 2 * rows),
   )
-  return PlannedStep(trainer, compiled, budget)
-
-
-def _batch(config: config_lib.Config, features: FeatureSet, shards: int) -> Batch:
-  """Shapes of a global batch."""
-  shape, examples = jax.ShapeDtypeStruct, config.data.batch_size
-  word = (2,) if features.wide else ()
-  id_type = jnp.uint32 if features.wide else jnp.int32
-  per = examples // shards
-  return Batch(
-    dense_BF=shape((examples, len(features.dense)), jnp.float32),
-    ids_BS=shape((examples, len(features.sparse), *word), id_type),
-    label_BT=shape((examples, len(features.tasks)), jnp.float32),
-    weight_B=shape((examples,), jnp.float32),
-    group_B=shape((examples,), jnp.int32),
-    oracle_BT=shape((examples, 0), jnp.float32),
-    sequences={
-      f.name: Jagged(
-        values_E=shape((shards * event_capacity(per * f.max_length), *word), id_type),
-        lengths_B=shape((examples,), jnp.int32),
-      )
-      for f in features.sequence
-    },
-    histories={
-      f.name: Events(
-        ids_EC=shape((events, len(f.columns), *word), id_type),
-        age_E=shape((events,), jnp.int32),
-        lengths_B=shape((examples,), jnp.int32),
-      )
-      for f in features.history
-      for longest in [min(f.max_length, config.data.history or f.max_length)]
-      for events in [shards * event_capacity(per * longest, steps=HISTORY_STEPS)]
-    },
+  kernel_flops = jagged_flops(config, _lengths(config, features)) / topology.size
+  once = dataclasses.replace(config.memory, recomputed_layers=0, activation_budget=0.0)
+  plain = make_trainer(dataclasses.replace(config, memory=once), features, STEPS, devices)
+  plain = dataclasses.replace(plain, tables=trainer.tables)
+  step_once = functools.partial(train_step, plain)
+  traced = matmul_flops(step_once, state, plans, batch, batch) / topology.size
+  estimated = estimate(
+    compiled.text,
+    compiled.collectives,
+    RATES[topology.target.name],
+    topology.gpus_per_host,
+    kernel_flops,
   )
+  kept = activation_bytes(trainer, batch)
+  return PlannedStep(trainer, compiled, budget, estimated, traced + kernel_flops, kept)
+
+
+def _lengths(config: config_lib.Config, features: FeatureSet) -> dict[str, np.ndarray]:
+  """History -> length_B of a batch in which all are as long as allowed."""
+  longest = lambda f: min(f.max_length, config.data.history or f.max_length)
+  return {f.name: np.full(config.data.batch_size, longest(f)) for f in features.history}
 
 
 def _abstract(mesh: Mesh, tree: Any) -> Any:
@@ -148,20 +139,10 @@ def _abstract(mesh: Mesh, tree: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _look_ups(trainer: Trainer, batch: Batch) -> dict[str, int]:
-  """Stack -> look-ups of one device, padding included."""
-  shards = trainer.mesh.size
-  part = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((x.shape[0] // shards, *x.shape[1:]), x.dtype), batch
-  )
-  found = jax.eval_shape(functools.partial(positions, trainer.tables.layout), part)
-  return {name: x.size for name, x in found.items()}
-
-
 def _with_room(trainer: Trainer, batch: Batch):
   model = trainer.mesh.shape[MODEL]
   return trainer.tables.with_capacity(
-    {name: -(-count // model) for name, count in _look_ups(trainer, batch).items()}
+    {name: -(-count // model) for name, (count, _) in look_ups(trainer, batch).items()}
   )
 
 

@@ -11,6 +11,7 @@ from gemjax.embedding import layout_tables
 from gemjax.embedding.tables import check_mesh
 from gemjax.features import FeatureSet
 from gemjax.parallel.mesh import choose_mesh, device_memory, make_mesh
+from gemjax.train.activations import fit_budget
 from gemjax.train.state import state_bytes
 
 
@@ -18,6 +19,20 @@ def open_mesh(config: config_lib.Config, features: FeatureSet) -> tuple[Mesh, li
   """(mesh of this run's devices, lines that say why it is as it is); raises as `shape_mesh`."""
   data, model, lines = shape_mesh(config, features, jax.device_count(), device_memory())
   return make_mesh(data, model), lines
+
+
+def open_training(
+  config: config_lib.Config, features: FeatureSet
+) -> tuple[Mesh, config_lib.Config, list[str]]:
+  """(mesh, the config within its activation budget on it, lines that say why).
+
+  Raises as `shape_mesh` and `fit_budget`.
+  """
+  mesh, lines = open_mesh(config, features)
+  config = fit_budget(config, features, mesh)
+  if config.memory.recomputed_layers:
+    lines.append(f"activations: layers computed again: {config.memory.recomputed_layers}")
+  return mesh, config, lines
 
 
 def shape_mesh(

@@ -48,7 +48,7 @@ def train(
   with Termination() as termination, Workdir(workdir, first=not jax.process_index()) as folder:
     run = set_up(config, folder, phases)
     with run.cache.behind_jax():
-      return _Run(config, run, folder, phases, termination).run()
+      return _Run(run.config, run, folder, phases, termination).run()
 
 
 class _Run:

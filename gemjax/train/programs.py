@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from gemjax.train.compiled import Compiled
 from gemjax.train.cost import jagged_flops
 from gemjax.train.executables import Executables
 from gemjax.train.flops import matmul_flops
+from gemjax.train.profile import Profile
 from gemjax.train.state import Trainer, TrainState, init_state
 from gemjax.train.step import (
   Report,
@@ -36,11 +38,19 @@ class Programs:
   Args:
     trainer: What they are of.
     executables: Where they are kept for the next start, if anywhere.
+    folder: Where steps are profiled into, if the config asks for it.
   """
 
-  def __init__(self, trainer: Trainer, executables: Executables | None = None):
+  def __init__(
+    self,
+    trainer: Trainer,
+    executables: Executables | None = None,
+    folder: pathlib.Path | None = None,
+  ):
     executables = executables or Executables()
     self._trainer, self._executables = trainer, executables
+    steps = trainer.config.train.profile_steps
+    self._profile = Profile(folder, steps) if folder and steps else None
     self._shardings = trainer.shardings
     self._plan: Compiled | None = None
     self._step: Compiled | None = None
@@ -119,7 +129,12 @@ class Programs:
     self, state: TrainState, plans: Plans, batch: Batch, upcoming: Batch
   ) -> tuple[TrainState, Plans, Report]:
     """`train_step`; the state is overwritten."""
-    return self._step(state, plans, batch, upcoming)
+    if self._profile is None:
+      return self._step(state, plans, batch, upcoming)
+    self._profile.before(state)
+    result = self._step(state, plans, batch, upcoming)
+    self._profile.after(result)
+    return result
 
   def average(self, state: TrainState) -> TrainState:
     """`average_step`; the state is overwritten."""

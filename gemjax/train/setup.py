@@ -17,7 +17,7 @@ from gemjax.data.prepared import PreparedData
 from gemjax.parallel.arrays import first_process_first
 from gemjax.train.cache import Cache
 from gemjax.train.cost import example_cost
-from gemjax.train.devices import open_mesh, part_of_process
+from gemjax.train.devices import open_training, part_of_process
 from gemjax.train.executables import Executables, origin_of
 from gemjax.train.feed import Feed
 from gemjax.train.programs import Programs
@@ -30,6 +30,7 @@ from gemjax.train.workdir import Workdir
 class Setup(NamedTuple):
   """The parts of a run."""
 
+  config: config_lib.Config  # Within its activation budget.
   data: PreparedData
   steps: int
   mesh: Mesh
@@ -54,7 +55,7 @@ def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
     batch = config.data.batch_size
     epochs = config.train.epochs * data.split("train").examples / batch
     steps = config.train.steps or math.ceil(epochs)
-    mesh, lines = open_mesh(config, data.features)
+    mesh, config, lines = open_training(config, data.features)
     trainer = make_trainer(config, data.features, steps, mesh)
     cache = Cache.of_run(folder.path, config.compilation.cache, writes=folder.first)
     say = functools.partial(print, flush=True) if folder.first else lambda sentence: None
@@ -74,12 +75,13 @@ def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
     digests = {name: split.digest for name, split in data.splits.items()}
     folder.claim(config, data.features, digests)
   return Setup(
+    config=config,
     data=data,
     steps=steps,
     mesh=mesh,
     lines=lines,
     trainer=trainer,
-    programs=Programs(trainer, executables),
+    programs=Programs(trainer, executables, folder.path),
     feed=Feed(iter(batches), mesh),
     cache=cache,
   )

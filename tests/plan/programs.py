@@ -4,6 +4,7 @@ Run by test_compiled.py in a process of its own, because XLA reads its flags onc
 """
 
 import json
+import re
 import sys
 
 import jax
@@ -13,8 +14,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gemjax.layers.linear import contract
 from gemjax.plan import memory, target
 from gemjax.plan.compile import compile_for
+from gemjax.plan.estimate import estimate
+from gemjax.plan.rates import RATES
 from pallas_kernels.deviceless import ptx
 
 DATA, MODEL = 2, 4
@@ -143,6 +147,26 @@ def target_of(name):
   return {"cublas": "__cublas$lt$matmul" in done.text, "sm": code.split(".target ")[1].split()[0]}
 
 
+def eight_bits(name):
+  """cuBLAS's products of two 8-bit maps and their gradients."""
+  mesh = mesh_of(f"{name}:1x1", 1, 1)
+
+  def step(w, v, x, g):
+    product = lambda x, w: contract("bi,io->bo", x, w, len(w), "bfloat16", float8=True)
+    y, pullback = jax.vjp(lambda w, v, x: product(jax.nn.relu(product(x, w)), v), w, v, x)
+    return y, pullback(g)
+
+  shapes = ((512, 1024), "float32"), ((1024, 256), "float32"), ((2048, 512), "bfloat16")
+  args = [abstract(mesh, *s, P()) for s in (*shapes, ((2048, 256), "bfloat16"))]
+  done = compile_for(step, args)
+  found = estimate(done.text, done.collectives, RATES[name], 1)
+  return {
+    "products": re.findall(r'custom_call_target="(__cublas[^"]*)"', done.text),
+    "flops": found.flops(),
+    "float8_flops": found.flops("f8"),
+  }
+
+
 (dump,) = sys.argv[1:]
 mesh = mesh_of(f"h100:{DATA}x{MODEL}", DATA, MODEL)
 hosts = np.vectorize(lambda d: d.process_index)(mesh.devices)
@@ -164,6 +188,7 @@ print(
       "dense": table("dense", mesh, dense_gradient),
       "branch": table("branch", mesh, in_a_branch),
       "gathered": table("gathered", mesh, gathered),
+      "eight_bits": {name: eight_bits(name) for name in ("a100", "h100")},
       "targets": {name: target_of(name) for name in target.TARGETS},
     }
   )

@@ -11,7 +11,7 @@ import jax
 from gemjax import config as c
 from gemjax.features import Dense, FeatureSet, Sequence, Sparse
 from gemjax.parallel import placement
-from gemjax.plan import memory, target
+from gemjax.plan import memory, report, target
 from gemjax.plan.training import plan_training
 from pallas_kernels.deviceless import ptx
 
@@ -53,7 +53,8 @@ def main(dump: str, mesh: str) -> None:
     get_config("bfloat16" if wide else "float32"),
     get_features(5_000_000_000 if wide else 50_000_017),
   )
-  step = plan_training(config, features, target.parse_topology("h100:16x8"), (data, model))
+  topology = target.parse_topology("h100:16x8")
+  step = plan_training(config, features, topology, (data, model))
   stacks = {s.name: s for s in step.trainer.tables.layout.stacks}
   rows = {s.rows for s in stacks.values() if s.rows > 1000}
   rows |= {s.rows // model for s in stacks.values() if s.placement == "row"}
@@ -76,6 +77,7 @@ def main(dump: str, mesh: str) -> None:
         ],
         "memory": step.compiled.memory._asdict(),
         "budget": step.budget._asdict(),
+        "figures": report.figures(step, topology),
         "buffers": [str(b) for b in memory.buffers_like(step.compiled.text, rows)],
         "allocated": [
           str(v) for v in memory.allocated_like(memory.allocations(dump, "jit_training_step"), rows)

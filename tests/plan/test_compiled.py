@@ -107,5 +107,15 @@ def test_every_target_compiles_for_its_own_architecture(reports):
   assert all(found["cublas"] for found in reports["targets"].values())
 
 
+def test_products_of_8_bits_are_those_of_cublas_where_the_gpu_has_them(reports):
+  """Forward, to x and to W, of two maps."""
+  flops = 3 * 2 * 2048 * (512 * 1024 + 1024 * 256)
+  hopper, ampere = reports["eight_bits"]["h100"], reports["eight_bits"]["a100"]
+  assert hopper["products"] == ["__cublas$lt$matmul$f8"] * 6
+  assert hopper["float8_flops"] == hopper["flops"] == flops
+  assert ampere["products"] == ["__cublas$lt$matmul"] * 6
+  assert ampere["float8_flops"] == 0 and ampere["flops"] == flops
+
+
 def test_gpus_of_a_host_belong_to_one_process(reports):
   assert reports["hosts"] == [[0, 0, 0, 0], [1, 1, 1, 1]]

@@ -1,5 +1,6 @@
 """The training step, compiled for 128 and 256 H100s that are not here."""
 
+import itertools
 import json
 import pathlib
 import subprocess
@@ -87,6 +88,42 @@ def test_the_budget_is_what_the_compiler_counts(step):
   counted = step["memory"]
   total = counted["arguments"] + counted["outputs"] - counted["aliased"] + counted["temporaries"]
   assert sum(step["budget"].values()) == pytest.approx(total, rel=0.01)
+
+
+def test_bytes_of_tables_are_those_of_their_rows(step):
+  _, model = step["devices"]
+  width = 2 if step["devices"] == (2, 64) else 4
+  each = {"row": model, "replicated": 1, "column": model}
+  held = sum(rows * w * width // each[kind] for rows, w, kind in step["stacks"].values())
+  assert step["figures"]["bytes_per_device"]["tables"] == held
+
+
+def test_matrix_flops_are_those_of_the_formula(step):
+  """Forward, and twice that backward, but for the gradient of the data's own floats."""
+  examples, d = 262_144 // 128, 64
+
+  def layer(units, rank=16, fmb=16, lcb=16, hidden=(1024, 1024)):
+    widths = [units * rank, *hidden, fmb * d]
+    mixed = 2 * d * units * rank + d * units * lcb + (units != fmb + lcb) * d * units * (fmb + lcb)
+    return mixed + sum(a * b for a, b in itertools.pairwise(widths))
+
+  # Units: price, user, item, hour, four of page, the history.
+  inputs, head = 1 * 64 + 64 * d, 32 * d * 512 + 512
+  formula = 2 * examples * (3 * (inputs + layer(9) + 3 * layer(32) + head) - 64)
+  figures = step["figures"]
+  assert figures["model_flops"] == pytest.approx(formula, rel=1e-6)
+  # XLA pads nine units to sixteen.
+  assert formula <= figures["matrix_flops"] <= 1.01 * formula
+  assert figures["tensor_core_flop_share"] > 0.99 and figures["fp8_flop_share"] == 0
+  assert 0 < figures["estimated_mfu"] < 1 and 0 < figures["exposed_communication_share"] < 1
+
+
+def test_what_costs_is_named_by_its_module(step):
+  modules = step["figures"]["module_seconds"]
+  assert {"wukong_layer/mlp", "wukong_layer/mlp (backward)", "wukong_layer/fm", "update"} <= set(
+    modules
+  )
+  assert sum(modules.values()) <= step["figures"]["estimated_step_seconds"]
 
 
 def test_no_loop_of_compare_and_swap(step):

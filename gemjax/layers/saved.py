@@ -1,0 +1,200 @@
+"""What the backward pass of a layer needs, kept small or computed again.
+
+A layer is a function (weights, inputs...) -> outputs. Its pullback, as JAX makes it, is a pytree of
+arrays: those that follow from the inputs are packed when the forward pass is done with them and
+unpacked when the backward pass begins. No layer has to know of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import dequantize_fp8, quantize_fp8
+
+NARROW = (
+  32  # Rows of fewer numbers are kept as they are: a scale each would cost more than it saves.
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Packed:
+  values: jax.Array  # float8, or words of mask bits.
+  exponents: jax.Array | None  # uint8, of the rows' scales, 2^(e - 127); None for masks.
+  width: int = dataclasses.field(metadata={"static": True})  # Of a row.
+  dtype: Any = dataclasses.field(metadata={"static": True})
+
+
+class Keeping(NamedTuple):
+  """How the layers of a model keep what their backward pass needs."""
+
+  float8: bool = False
+  recomputed: int = 0  # Layers, from the first on, whose inputs alone are kept.
+
+
+ALL = Keeping()  # As it is computed.
+
+
+def run(keeping: Keeping, module: nnx.Module, *inputs: Any, layer: int | None = None) -> Any:
+  """`module(*inputs)`, which is layer number `layer` of a model, or none that may be recomputed."""
+  graph, weights = nnx.split(module)
+  recompute = layer is not None and layer < keeping.recomputed
+  called = lambda weights, *inputs: nnx.merge(graph, weights)(*inputs)
+  return saved(called, float8=keeping.float8, recompute=recompute)(weights, *inputs)
+
+
+def scan(
+  keeping: Keeping,
+  layer: Callable,
+  carry: Any,
+  stack: Any,
+  *shared: Any,
+  first: int = 0,
+  unroll: int = 1,
+) -> Any:
+  """The carry behind all layers of a stack: those to be recomputed in one loop, the others in one.
+
+  Args:
+    keeping: Of the model.
+    layer: (weights, carry, index, *shared) -> carry; pure, closes over no array.
+    carry: What the first one reads.
+    stack: Weights of all layers, of an axis more.
+    shared: What every layer reads.
+    first: The number of the stack's first layer in the model.
+    unroll: As in `jax.lax.scan`.
+  """
+  count = len(jax.tree.leaves(stack)[0])
+  border = min(max(keeping.recomputed - first, 0), count)
+  carry = _loop(keeping, layer, carry, stack, shared, range(border), True, unroll)
+  return _loop(keeping, layer, carry, stack, shared, range(border, count), False, unroll)
+
+
+def _loop(keeping, layer, carry, stack, shared, part: range, recompute: bool, unroll: int):
+  count = len(jax.tree.leaves(stack)[0])
+  if not part:
+    return carry
+  rest = len(part) % unroll
+  if rest and rest < len(part):
+    # JAX would join what the rest keeps to what the loop does, a copy of all in the backward pass.
+    carry = _loop(keeping, layer, carry, stack, shared, part[:-rest], recompute, unroll)
+    part = part[-rest:]
+  step = saved(layer, float8=keeping.float8, recompute=recompute)
+  if len(part) < count:
+    stack = jax.tree.map(lambda w: w[part.start : part.stop], stack)
+
+  def turn(carry, at):
+    weights, index = at
+    return step(weights, carry, index, *shared), None
+
+  return jax.lax.scan(turn, carry, (stack, jnp.arange(part.start, part.stop)), unroll=unroll)[0]
+
+
+def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
+  """`layer(weights, *inputs)` with the same outputs, whose backward pass needs less memory.
+
+  Args:
+    layer: Pure; closes over no array.
+    float8: What is saved of floats is rounded to float8_e4m3fn with a scale for each row of the
+      last axis, masks become bits: about half of bfloat16, a quarter of float32. Weights,
+      statistics (an axis of size 1) and rows of less than 32 numbers stay as they are. Saved
+      numbers are then wrong by up to 1/16.
+    recompute: Only the inputs are saved, as they are, and the layer is computed again when its
+      gradient is due.
+
+  Source: activations in 8 bits as in COAT (Xi et al. 2024, arXiv 2410.19313); recomputation as in
+  Chen et al. 2016, arXiv 1604.06174.
+  """
+  if not (float8 or recompute):
+    return layer
+
+  @jax.custom_vjp
+  def wrapped(weights, *inputs):
+    return layer(weights, *inputs)
+
+  def forward(weights, *inputs):
+    if recompute:
+      return layer(weights, *inputs), (weights, inputs)
+    program, shapes, tree, of_inputs = _traced(layer, weights, inputs)
+    made = jax.extend.core.jaxpr_as_fun(program)(*jax.tree.leaves((weights, inputs)))
+    outputs, leaves = jax.tree.unflatten(jax.tree.structure(shapes), made)
+    packed = {}  # An array that several products need is packed once.
+    places = program.jaxpr.outvars[-len(leaves) :] if leaves else []
+    for v, leaf in zip(places, leaves, strict=True):
+      packed.setdefault(id(v), _pack(leaf) if id(v) in of_inputs else leaf)
+    return outputs, jax.tree.unflatten(tree, [packed[id(v)] for v in places])
+
+  def backward(kept, gradients):
+    if recompute:
+      # Behind the barrier this is another computation than the forward one, whose results go.
+      weights, inputs = jax.lax.optimization_barrier(kept)
+      _, pullback = jax.vjp(layer, weights, *inputs)
+    else:
+      pullback = jax.tree.map(_unpack, kept, is_leaf=lambda x: isinstance(x, _Packed))
+    return pullback(gradients)
+
+  wrapped.defvjp(forward, backward)
+  return wrapped
+
+
+def bytes_saved(function: Callable, weights: Any, *inputs: Any) -> int:
+  """Bytes of the arrays that `function(weights, *inputs)` makes from its inputs and keeps for its
+  backward pass; nothing is computed.
+  """
+  program, (_, leaves), _, of_inputs = _traced(function, weights, inputs)
+  places = program.jaxpr.outvars[-len(leaves) :] if leaves else []
+  kept = {v for v in places if id(v) in of_inputs} - set(program.jaxpr.invars)
+  return sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
+
+
+def _pack(x: jax.Array) -> jax.Array | _Packed:
+  if x.ndim < 2 or x.shape[-1] < NARROW or 1 in x.shape:
+    return x
+  if x.dtype == jnp.bool_:
+    return _Packed(jnp.packbits(x, axis=-1), None, x.shape[-1], x.dtype)
+  if x.dtype not in (jnp.float32, jnp.bfloat16):
+    return x
+  values, scales = quantize_fp8(x, granularity="row")
+  # Powers of two: the exponent of the float says all.
+  bits = jax.lax.bitcast_convert_type(scales, jnp.uint32)
+  return _Packed(values, (bits >> 23).astype(jnp.uint8), x.shape[-1], x.dtype)
+
+
+def _unpack(x: jax.Array | _Packed) -> jax.Array:
+  if not isinstance(x, _Packed):
+    return x
+  # Else XLA makes the wide array in the forward pass and keeps that.
+  values = jax.lax.optimization_barrier(x.values)
+  if x.exponents is None:
+    return jnp.unpackbits(values, axis=-1, count=x.width).astype(x.dtype)
+  bits = x.exponents.astype(jnp.uint32) << 23
+  scales = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  return dequantize_fp8(values, scales, dtype=x.dtype)
+
+
+def _traced(function: Callable, weights: Any, inputs: tuple):
+  """The function with its pullback, traced once, for models are slow to trace.
+
+  Returns (program, shapes of its outputs and of the pullback's arrays, the pullback's structure,
+  ids of the variables that follow from the inputs).
+  """
+  trees = []
+
+  def with_pullback(*args):
+    outputs, pullback = jax.vjp(function, *args)
+    leaves, tree = jax.tree.flatten(pullback)
+    trees.append(tree)
+    return outputs, leaves
+
+  program, shapes = jax.make_jaxpr(with_pullback, return_shape=True)(weights, *inputs)
+  of_inputs = {id(v) for v in program.jaxpr.invars[len(jax.tree.leaves(weights)) :]}
+  for eqn in program.jaxpr.eqns:
+    if any(id(v) in of_inputs for v in eqn.invars):
+      of_inputs.update(map(id, eqn.outvars))
+  return program, shapes, trees[-1], of_inputs

@@ -1,0 +1,187 @@
+"""How long a compiled program would take: a roofline along XLA's schedule. Never a measurement.
+
+    kernel      max(2 us, matrix FLOPs / peak of their type, bytes / memory bandwidth)
+    collective  a latency + bytes / bandwidth of its slowest link (rates.py), one at a time, beside
+                the kernels that the schedule has between its start and its done
+
+At datasheet rates, which no kernel reaches: the step takes longer, and MFU is less. Loops count by
+their trips; those whose trips only data tell count nothing (further rounds of an exchange, of which
+there are none as a rule); of branches the costliest counts. XLA's own estimates serve less: there
+a scatter touches its whole table, and loops take no time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from gemjax.plan import hlo
+from gemjax.plan.collectives import Collective
+from gemjax.plan.rates import KERNEL_SECONDS, Rates, link_seconds
+from gemjax.plan.work import FREE, Work, kernel_name, work
+
+# What JAX's transformations, loops and the equations of products add to an op_name.
+_WRAPPERS = re.compile(r"jit\([^()]*\)|\b(jvp|transpose|vmap|checkpoint|remat)\(|[()]")
+_PLUMBING = re.compile(
+  r".*->.*|shard_map|while|body|cond|closed_call|checkpoint|rematted_computation"
+  r"|branch_\d+_fun|custom_vjp_call.*"
+)
+
+
+class Operation(NamedTuple):
+  """A kernel of the program."""
+
+  name: str
+  module: str
+  seconds: float  # Of all its executions.
+  trips: int
+  work: Work  # Of one.
+
+  @property
+  def flops(self) -> int:
+    return self.work.flops * self.trips
+
+
+class Transfer(NamedTuple):
+  """A collective on its links."""
+
+  collective: Collective
+  seconds: float  # Of all its executions.
+  exposed: float  # In which the device had nothing else to do.
+
+
+class Estimate(NamedTuple):
+  """Of one run of the program."""
+
+  seconds: float
+  exposed: float  # Seconds in which a device only waits for links.
+  operations: tuple[Operation, ...]
+  transfers: tuple[Transfer, ...]
+
+  def flops(self, dtype: str = "") -> int:
+    """Matrix FLOPs on tensor cores, of operands whose type begins so."""
+    return sum(o.flops for o in self.operations if o.work.tensor_cores
+               and o.work.dtype.startswith(dtype))  # fmt: skip
+
+
+def estimate(
+  text: str,
+  collectives: list[Collective],
+  rates: Rates,
+  gpus_per_host: int,
+  kernel_flops: float = 0.0,
+) -> Estimate:
+  """Walks the scheduled `text` of a program.
+
+  Args:
+    text: `compiled.as_text()`.
+    collectives: Of this text.
+    rates: Of its GPU.
+    gpus_per_host: Devices that NVLink joins.
+    kernel_flops: Matrix FLOPs of the Pallas kernels of a run, whose loops follow the data; they
+      are shared out by the bytes that a kernel moves.
+  """
+  return _Walk(hlo.parse(text), collectives, rates, gpus_per_host, kernel_flops).done()
+
+
+def module_of(op_name: str) -> str:
+  """The named scopes of an op_name, such as "wukong_layer/mlp", and whether it runs backward."""
+  path = _WRAPPERS.sub("", op_name.split(":")[0]).split("/")[:-1]
+  named = [part for part in path if part and not _PLUMBING.fullmatch(part)]
+  backward = " (backward)" if "transpose(" in op_name else ""
+  return ("/".join(dict.fromkeys(named)) or "step") + backward
+
+
+class _Walk:
+  def __init__(self, module, collectives, rates: Rates, gpus_per_host: int, kernel_flops: float):
+    self.module, self.rates = module, rates
+    self.links: dict[str, float] = {}
+    self.by_name: dict[str, Collective] = {c.name: c for c in collectives}
+    for c in collectives:
+      if self.by_name[c.name] is c:
+        self.links[c.name] = link_seconds(c, rates, gpus_per_host)
+    self.waits: dict[str, float] = dict.fromkeys(self.links, 0.0)
+    self.operations: dict[str, Operation] = {}
+    moved = sum(self._kernel_bytes(here) for here in hlo.reached(module))
+    self.flops_a_byte = kernel_flops / moved if moved else 0.0
+
+  def done(self) -> Estimate:
+    seconds, exposed = self._run(self.module.computations[self.module.entry], 1, "step")
+    transfers = tuple(
+      Transfer(c, 0.0 if c.dynamic else c.trips * self.links[name], self.waits[name])
+      for name, c in self.by_name.items()
+    )
+    return Estimate(seconds, exposed, tuple(self.operations.values()), transfers)
+
+  def _run(self, computation: hlo.Computation, trips: int, scope: str) -> tuple[float, float]:
+    """(seconds, exposed ones) of one execution, of which the program has `trips`; what has no name
+    belongs to the module `scope`.
+    """
+    now = free = exposed = 0.0
+    ends: dict[str, tuple[float, str]] = {}  # Of starts and what passes them on.
+    for ins in computation.instructions:
+      chain = next((ends[o] for o in ins.operands if o in ends), None)
+      wait = 0.0
+      if ins.name in self.links:
+        free = max(now, free) + self.links[ins.name]
+        if ins.opcode.endswith("-start") and self.by_name[ins.name].async_:
+          ends[ins.name] = (free, ins.name)
+        else:
+          wait, name = free - now, ins.name
+      elif chain and ins.opcode.endswith("-done"):
+        wait, name = max(0.0, chain[0] - now), chain[1]
+      elif chain and ins.opcode.endswith("-update"):
+        ends[ins.name] = chain
+      elif ins.opcode in ("while", "conditional", "call"):
+        seconds, hidden = self._control(ins, trips, scope)
+        now, exposed = now + seconds, exposed + hidden
+      elif ins.opcode not in FREE:
+        now += self._kernel(computation, ins, trips, scope)
+      if wait:
+        now, exposed = now + wait, exposed + wait
+        self.waits[name] += trips * wait
+    return now, exposed
+
+  def _control(self, ins: hlo.Instruction, trips: int, scope: str) -> tuple[float, float]:
+    scope = module_of(ins.op_name) if ins.op_name else scope
+    if ins.opcode == "while":
+      turns = hlo.trip_count(ins) or 0
+      if not turns:
+        return KERNEL_SECONDS, 0.0
+      seconds, exposed = self._run(self._named(ins, "body")[0], trips * turns, scope)
+      return turns * seconds, turns * exposed
+    names = ("branch_computations", "true_computation", "false_computation", "to_apply")
+    return max(self._run(inner, trips, scope) for inner in self._named(ins, *names))
+
+  def _named(self, ins: hlo.Instruction, *attributes: str) -> list[hlo.Computation]:
+    return [self.module.computations[name] for name in ins.called(*attributes)]
+
+  def _kernel(
+    self, computation: hlo.Computation, ins: hlo.Instruction, trips: int, scope: str
+  ) -> float:
+    done = work(self.module, computation, ins)
+    if not done.bytes:
+      return 0.0
+    if kernel_name(ins):
+      done = Work(int(self.flops_a_byte * done.bytes), "bf16", True, done.bytes)
+    times = [KERNEL_SECONDS, done.bytes / self.rates.memory]
+    if done.flops:
+      times.append(done.flops / self.rates.flops[done.dtype])
+    name = module_of(ins.op_name) if ins.op_name else scope
+    operation = Operation(ins.name, name, trips * max(times), trips, done)
+    self.operations[ins.name] = operation
+    return max(times)
+
+  def _kernel_bytes(self, here: hlo.Reached) -> int:
+    kernels = [i for i in here.computation.instructions if kernel_name(i)]
+    each = [work(self.module, here.computation, i).bytes for i in kernels]
+    return 0 if here.dynamic else here.trips * sum(each)
+
+
+def by_module(operations: tuple[Operation, ...]) -> Mapping[str, float]:
+  """Module -> seconds, the costliest first."""
+  found: dict[str, float] = {}
+  for o in operations:
+    found[o.module] = found.get(o.module, 0.0) + o.seconds
+  return dict(sorted(found.items(), key=lambda item: -item[1]))
