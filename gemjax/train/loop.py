@@ -261,6 +261,8 @@ class _Run:
     notes = restored.notes
     self.feed.set_state(notes["position"])
     self.best = BestSoFar(**notes["best"])
+    for sentence in restored.passed:
+      self.progress.say(sentence)
     kept = (notes[name] for name in ("valid", "train_loss", "seconds"))
     self.valid, self.train_loss, self.seconds = kept
     self.progress.say(f"resuming from the checkpoint of step {restored.step:,}")

@@ -199,5 +199,7 @@ def _begin(trainer: Trainer, checkpoints: Checkpoints) -> tuple[State, dict[str,
   restored = checkpoints.restore(jax.eval_shape(trainer.born))
   if found := fields.difference(restored.notes["config"], tree, free=("name", "path")):
     raise WorkdirError(f"the folder holds a run in which {found}; name another --workdir")
+  for sentence in restored.passed:
+    print(sentence, flush=True)
   print(f"resuming from the checkpoint of step {restored.step:,}", flush=True)
   return restored.state, restored.notes
