@@ -17,12 +17,12 @@ import itertools
 import json
 import pathlib
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
 from gemjax.checkpoint.agreement import texts_of_all
 from gemjax.checkpoint.checked import CheckedJson, CheckedState, CorruptError, check_digest
@@ -31,6 +31,7 @@ from gemjax.checkpoint.checked import CheckedJson, CheckedState, CorruptError, c
 PIECE_BYTES = 2**25
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # In the name of a folder that is being written.
+REMOVED = ".removed"  # At the end of the name of one that is no longer kept.
 CORRUPT = ".corrupt"  # At the end of the name of one that was passed over.
 
 
@@ -47,34 +48,22 @@ class Restored(NamedTuple):
   passed: tuple[str, ...] = ()  # A sentence for each newer checkpoint that was set aside.
 
 
-class _Best(checkpoint_managers.PreservationPolicy):
-  """Preserves the step that its owner calls the best."""
-
-  step: int | None = None
-
-  def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    del context
-    return [c.step == self.step for c in checkpoints]
-
-
 class Checkpoints:
-  """Keeps the `keep` latest checkpoints and the best one.
+  """Keeps the `keep` latest checkpoints and the best one; the others go when the next save begins.
 
   One process writes; others may look with `read_only`, which changes nothing in the folder.
   """
 
   def __init__(self, directory: pathlib.Path, *, keep: int = 1, read_only: bool = False):
     self._directory = pathlib.Path(directory).absolute()
-    self._best = _Best()
-    self._read_only = read_only
+    self._keep, self._read_only = keep, read_only
+    self._best: int | None = None
+    self._saving = False  # Only who saves knows the best, and thus what may go.
     if read_only:
       if not self._directory.is_dir():
         raise CheckpointError(f"{self._directory} holds no checkpoint; train first")
       return
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-        [checkpoint_managers.LatestN(keep), self._best]
-      ),
       step_format_fixed_length=9,  # Folders sort by age.
       cleanup_tmp_directories=True,  # Of a writer that was killed.
     )
@@ -84,6 +73,8 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self._directory, options=options, handler_registry=registry
     )
+    self._removing = ThreadPoolExecutor(1)
+    self._clear(REMOVED)
 
   @property
   def steps(self) -> list[int]:
@@ -96,10 +87,11 @@ class Checkpoints:
     Raises:
       CheckpointError: this or the save before it failed, for example on a full disk.
     """
-    self._best.step = best
+    self.wait()
+    self._best = best
     try:
       args = ocp.args.Composite(state=saved_in_pieces(state), notes=ocp.args.JsonSave(notes))
-      self._manager.save(step, args=args, force=True)
+      self._saving = self._manager.save(step, args=args, force=True)
     except Exception as error:
       raise self._failed(f"saving step {step}", error) from error
 
@@ -109,6 +101,9 @@ class Checkpoints:
       self._manager.wait_until_finished()
     except Exception as error:
       raise self._failed("a save", error) from error
+    if self._saving and jax.process_index() == 0:
+      self._retain()
+    self._saving = False
 
   def notes(self, step: int | None = None) -> dict[str, Any]:
     """The notes of a checkpoint, the latest unless named; raises as `restore`."""
@@ -163,9 +158,25 @@ class Checkpoints:
       return
     with contextlib.suppress(Exception):
       self._manager.close()
+    self._removing.shutdown()
+    self._clear(TEMPORARY)
+
+  def _clear(self, mark: str) -> None:
     if jax.process_index() == 0:
-      for folder in self._directory.glob(f"*{TEMPORARY}*"):
+      for folder in self._directory.glob(f"*{mark}*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+  def _retain(self) -> None:
+    """Removes all but the latest and the best, which is that of the latest.
+
+    A folder loses its name before its files, so that a removal that is killed leaves no half
+    checkpoint; Orbax's own does.
+    """
+    steps = self.steps
+    for step in sorted(set(steps) - {*steps[-self._keep :], self._best}):
+      folder = self._folder(step)
+      gone = folder.rename(folder.with_name(folder.name + REMOVED))
+      self._removing.submit(shutil.rmtree, gone, ignore_errors=True)
 
   def _folder(self, step: int) -> pathlib.Path:
     return self._directory / f"{step:09d}"

@@ -261,11 +261,10 @@ class _Run:
     notes = restored.notes
     self.feed.set_state(notes["position"])
     self.best = BestSoFar(**notes["best"])
-    for sentence in restored.passed:
-      self.progress.say(sentence)
     kept = (notes[name] for name in ("valid", "train_loss", "seconds"))
     self.valid, self.train_loss, self.seconds = kept
-    self.progress.say(f"resuming from the checkpoint of step {restored.step:,}")
+    for line in (*restored.passed, f"resuming from the checkpoint of step {restored.step:,}"):
+      self.progress.say(line)
     return restored.state
 
   def _report(self, state: TrainState) -> dict[str, Any]:
