@@ -17,15 +17,16 @@ import itertools
 import json
 import pathlib
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from gemjax.checkpoint.agreement import texts_of_all
 from gemjax.checkpoint.checked import CheckedJson, CheckedState, CorruptError, check_digest
+from gemjax.checkpoint.shards import read_shards
 
 # An array is stored in pieces of at most so much, so that a reader need not hold all of it twice.
 PIECE_BYTES = 2**25
@@ -66,6 +67,7 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       step_format_fixed_length=9,  # Folders sort by age.
       cleanup_tmp_directories=True,  # Of a writer that was killed.
+      async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_all),
     )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add("state", ocp.args.StandardSave, CheckedState())
@@ -131,7 +133,8 @@ class Checkpoints:
     newest, harmed = self._known(step, steps), {}
     passing_over = step is None and not self._read_only
     for found in reversed(steps) if passing_over else [newest]:
-      if not (harm := self._harm(found)):
+      state, harm = self._read(found, like)
+      if not harm:
         break
       harmed[found] = harm
     else:
@@ -139,16 +142,15 @@ class Checkpoints:
         harmed[newest] += f", and no other of the steps {steps} is sound"
       raise self._refused(harmed[newest], newest, anew=passing_over)
     passed = tuple(self._set_aside(s, harmed[s], found) for s in sorted(harmed))
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    folder = self._folder(found)
-    try:
-      args = ocp.args.StandardRestore(abstract)
-      state = CheckedState().restore(epath.Path(folder / "state"), args=args)
-    except Exception as error:
-      raise CheckpointError(
-        f"{folder} is of another shape: {_brief(error)}; name another workdir"
-      ) from error
-    return Restored(found, state, _notes(folder), passed)
+    return Restored(found, state, _notes(self._folder(found)), passed)
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, kind, value, trace) -> None:
+    # A save ends only together with all processes: one that has failed waits for none of them.
+    if kind is None or jax.process_count() == 1:
+      self.close()
 
   def close(self) -> None:
     """Waits for the last save. It says nothing of a failure, which is for `wait` to tell, so that
@@ -195,17 +197,23 @@ class Checkpoints:
       raise CheckpointError(f"{self._directory} has no checkpoint of step {step}, only of {steps}")
     return step
 
-  def _harm(self, step: int) -> str:
-    """What is wrong with a checkpoint, the same on all processes, each of which reads a part of it;
-    empty if it is sound.
+  def _read(self, step: int, like: Any) -> tuple[Any, str]:
+    """(state, what is wrong with the checkpoint), the latter alike on all processes; each of them
+    checks its part of all files while it reads its shards: the disk is asked once.
     """
-    harm = ""
-    for item in ("notes", "state"):
+    folder, state, failure = self._folder(step), None, None
+    with ThreadPoolExecutor(1) as pool:
+      checked = pool.submit(_harm, folder, jax.process_index(), jax.process_count())
       try:
-        check_digest(self._folder(step) / item, jax.process_index(), jax.process_count())
-      except CorruptError as error:
-        harm = harm or str(error)
-    return next(filter(None, texts_of_all(harm)), "")
+        state = read_shards(folder / "state", like)
+      except Exception as error:
+        failure = error  # Of what is no longer as it was written, or of another run.
+      harm = next(filter(None, texts_of_all(checked.result())), "")
+    if failure and not harm:
+      raise CheckpointError(
+        f"{_brief(failure)}; the checkpoint is of another shape than this run, name another folder"
+      ) from failure
+    return state, harm
 
   def _set_aside(self, step: int, harm: str, sound: int) -> str:
     """Frees the name of a corrupt checkpoint, which would count as the latest, and says so."""
@@ -236,6 +244,25 @@ class Checkpoints:
       f"{what} to {self._directory} failed ({_brief(error)}); {left}; free the disk, then the same "
       "command goes on from there"
     )
+
+
+def _wait_for_all(*, key: str, timeout_ms: int) -> None:
+  """Orbax's barrier, in threads of a save; but not for a save that is failing in this very process,
+  while the others wait for it elsewhere: that would hide the reason for 20 minutes.
+  """
+  if error := sys.exc_info()[1]:
+    raise error
+  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+def _harm(folder: pathlib.Path, part: int, parts: int) -> str:
+  """What is wrong with this part of a checkpoint; empty if it is sound."""
+  try:
+    for item in ("notes", "state"):
+      check_digest(folder / item, part, parts)
+  except CorruptError as error:
+    return str(error)
+  return ""
 
 
 def _notes(folder: pathlib.Path) -> dict[str, Any]:

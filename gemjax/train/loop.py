@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -107,16 +108,13 @@ class _Run:
   def run(self) -> dict[str, Any]:
     """Resume or begin, train, choose the best, test, report."""
     self.termination.deferred = True
-    try:
+    with self.checkpoints, contextlib.closing(self.progress):
       with self.phases("state"):
         state = self._resume() if self.checkpoints.steps else self.trainer.born()
         jax.block_until_ready(state)
       state = self._train(state)
       self.checkpoints.wait()
       return self._report(state)
-    finally:
-      self.progress.close()
-      self.checkpoints.close()
 
   def _train(self, state: TrainState) -> TrainState:
     train, done = self.config.train, int(state.step)

@@ -11,7 +11,6 @@ Letters: E slots for events, B users of a batch, U users, V items, N negatives, 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pathlib
 import time
@@ -137,7 +136,7 @@ def train_next_item(config: NextItem, workdir: pathlib.Path) -> dict[str, Any]:
   trainer = Trainer(config, events.items, config.epochs * train.batches)
   with (
     Workdir(workdir) as folder,
-    contextlib.closing(Checkpoints(folder.path / CHECKPOINTS)) as checkpoints,
+    Checkpoints(folder.path / CHECKPOINTS) as checkpoints,
   ):
     state, notes = _begin(trainer, checkpoints)
     for epoch in range(int(state.step) // train.batches, config.epochs):
