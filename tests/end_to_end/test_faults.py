@@ -109,9 +109,10 @@ def test_a_disk_that_is_full_for_one_ends_all(rank, data, cache, tmp_path):
   assert "failed" in ended[rank][1] and "File too large" in ended[rank][1]
   assert "free the disk, then the same command goes on from there" in ended[rank][1]
   assert f"error: rank {rank} (" in ended[1 - rank][1] and "goes on" in ended[1 - rank][1]
-  assert steps(workdir)[-1] == 8
+  last = steps(workdir)[-1]
+  assert last in (4, 8)  # The save of step 8 may still be writing when the disk fills.
   (out, _), _ = end(start(cache, data, workdir), 0)
-  assert "resuming from the checkpoint of step 8\n" in out
+  assert f"resuming from the checkpoint of step {last}\n" in out
   assert (workdir / SUMMARY).exists() and not half_written(workdir)
 
 
