@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -27,7 +28,7 @@ from gemjax.train.termination import Terminated, Termination
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, saved_steps, write_json
 
 if TYPE_CHECKING:
-  from gemjax.checkpoint import Checkpoints
+  from gemjax.checkpoint import Checkpoints, Restored
 
 
 def train(
@@ -79,44 +80,55 @@ class _Run:
     self.valid: dict[str, Any] = {}  # Results of the best evaluation.
     self.train_loss = math.nan  # Mean since the evaluation before.
     self.seconds = 0.0  # In steps, over all starts, without compilation.
+    self._open = contextlib.ExitStack()
 
   def run(self) -> dict[str, Any]:
     """Resume or begin, train, choose the best, test, report."""
     self.termination.deferred = True
-    try:
+    with contextlib.closing(self.progress), self._open:
       state = self._train(self._begin())
       self.checkpoints.wait()
       return self._report(state)
-    finally:
-      self.progress.close()
-      if "checkpoints" in vars(self):
-        self.checkpoints.close()
 
   @functools.cached_property
   def checkpoints(self) -> Checkpoints:
     """Opened when a state is first restored or saved: Orbax takes a third of a second to import."""
     from gemjax.checkpoint import Checkpoints
 
-    return Checkpoints(self.folder.path / CHECKPOINTS, keep=self.config.checkpoint.keep)
+    checkpoints = Checkpoints(self.folder.path / CHECKPOINTS, keep=self.config.checkpoint.keep)
+    return self._open.enter_context(checkpoints)
 
   def _begin(self) -> TrainState:
-    """The state of the last checkpoint, or that before the first step, while another thread reads
-    the first batch and has its programs ready.
+    """The state of the last sound checkpoint, or that before the first step, while another thread
+    reads the first batch and has its programs ready.
     """
     resumed = bool(saved_steps(self.folder.path))
-    if resumed:
-      self._recall(self.checkpoints.notes())
+    position = self._likely_position() if resumed else None
     self.peers.phase("first batch")
     # By a program of all processes: not beside Orbax, which runs some of its own.
     self.programs.measure(lambda: self.feed.upcoming)
     with ThreadPoolExecutor(1, "compile") as beside:
       ready = beside.submit(self._prepare)
       with self.phases("state"):
-        state = self._restore() if resumed else self.programs.born()
+        restored = self.checkpoints.restore(self.trainer.abstract()) if resumed else None
+        state = restored.state if restored else self.programs.born()
         jax.block_until_ready(state)
       with self.phases("wait for programs"):
         ready.result()
+    if restored:
+      self._recall(restored, position)
     return state
+
+  def _likely_position(self) -> Any:
+    """Where the latest checkpoint goes on, if its notes are sound, and the feed set to it."""
+    from gemjax.checkpoint import CheckpointError
+
+    try:
+      position = self.checkpoints.notes()["position"]
+    except CheckpointError:
+      return None  # Another checkpoint will do.
+    self.feed.set_state(position)
+    return position
 
   def _prepare(self) -> None:
     start = time.perf_counter()
@@ -255,17 +267,16 @@ class _Run:
     }
     self.checkpoints.save(done, state, notes, best=self.best.step)
 
-  def _recall(self, notes: dict[str, Any]) -> None:
-    """Goes on where the run was when it saved a checkpoint."""
-    self.feed.set_state(notes["position"])
+  def _recall(self, restored: Restored, position: Any) -> None:
+    """Goes on where the run was when it saved this checkpoint; the feed is at `position`."""
+    notes = restored.notes
+    if notes["position"] != position:
+      self.feed.set_state(notes["position"])
     self.best = BestSoFar(**notes["best"])
     kept = (notes[name] for name in ("valid", "train_loss", "seconds"))
     self.valid, self.train_loss, self.seconds = kept
-
-  def _restore(self) -> TrainState:
-    restored = self.checkpoints.restore(self.trainer.abstract())
-    self.progress.say(f"resuming from the checkpoint of step {restored.step:,}")
-    return restored.state
+    for line in (*restored.passed, f"resuming from the checkpoint of step {restored.step:,}"):
+      self.progress.say(line)
 
   def _report(self, state: TrainState) -> dict[str, Any]:
     """Tests the best checkpoint and writes the summary."""

@@ -11,7 +11,6 @@ Letters: E slots for events, B users of a batch, U users, V items, N negatives, 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pathlib
 import time
@@ -138,7 +137,7 @@ def train_next_item(config: NextItem, workdir: pathlib.Path) -> dict[str, Any]:
   trainer = Trainer(config, events.items, config.epochs * train.batches)
   with (
     Workdir(workdir) as folder,
-    contextlib.closing(Checkpoints(folder.path / CHECKPOINTS)) as checkpoints,
+    Checkpoints(folder.path / CHECKPOINTS) as checkpoints,
     Cache.of_run(folder.path).behind_jax(),
   ):
     state, notes = _begin(trainer, checkpoints)
@@ -201,5 +200,7 @@ def _begin(trainer: Trainer, checkpoints: Checkpoints) -> tuple[State, dict[str,
   restored = checkpoints.restore(jax.eval_shape(trainer.born))
   if found := fields.difference(restored.notes["config"], tree, free=("name", "path")):
     raise WorkdirError(f"the folder holds a run in which {found}; name another --workdir")
+  for sentence in restored.passed:
+    print(sentence, flush=True)
   print(f"resuming from the checkpoint of step {restored.step:,}", flush=True)
   return restored.state, restored.notes

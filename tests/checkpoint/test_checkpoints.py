@@ -135,6 +135,43 @@ def test_whatever_byte_is_hurt_nothing_wrong_is_restored(folder, tmp_path):
   assert hurt >= 3 * 6
 
 
+def test_a_hurt_checkpoint_is_set_aside_for_the_newest_sound_one(folder, tmp_path):
+  checkpoints = Checkpoints(folder, keep=3)
+  for step in (1, 2, 3):
+    checkpoints.save(step, tree(step), {"note": step}, best=None)
+    checkpoints.wait()
+  checkpoints.close()
+  harms = {
+    "state": lambda f: shutil.rmtree(f / "state"),
+    "metadata": lambda f: (f / "notes" / "metadata").write_text('{"note": 9}'),
+    "digest.json": lambda f: (f / "state" / "digest.json").write_text("{}x"),
+  }
+  for name, harm in harms.items():
+    copy = shutil.copytree(folder, tmp_path / name)
+    harm(copy / f"{3:09d}")
+    with pytest.raises(CheckpointError, match=rf"{name}.*; choose another of the steps \[1, 2\]"):
+      Checkpoints(copy, read_only=True).restore(jax.eval_shape(tree))
+    assert Checkpoints(copy, read_only=True).steps == [1, 2, 3]
+    hurt = Checkpoints(copy, keep=2)
+    found = hurt.restore(jax.eval_shape(tree))
+    same(found.state, tree(2))
+    assert (found.step, found.notes) == (2, {"note": 2})
+    (sentence,) = found.passed
+    assert name in sentence and "step 3 is set aside as 000000003.corrupt-1" in sentence
+    assert sentence.endswith("goes on from step 2")
+    assert hurt.steps == [1, 2] and (copy / "000000003.corrupt-1").is_dir()
+    hurt.save(3, tree(4), {"note": 4}, best=None)  # Its name is free again.
+    hurt.wait()
+    same(hurt.restore(jax.eval_shape(tree)).state, tree(4))
+    harm(copy / f"{3:09d}")
+    harm(copy / f"{2:09d}")
+    before = sorted(f.name for f in copy.iterdir())
+    with pytest.raises(CheckpointError, match=rf"{name}.*no other of the steps \[2, 3\] is sound"):
+      hurt.restore(jax.eval_shape(tree))
+    assert sorted(f.name for f in copy.iterdir()) == before
+    hurt.close()
+
+
 def test_what_does_not_exist(folder):
   with pytest.raises(CheckpointError, match="holds no checkpoint; train first"):
     Checkpoints(folder, read_only=True)

@@ -1,9 +1,11 @@
 """The tiny config whose training fails on purpose: FAULT=KIND:RANK:BATCH in the environment.
 
-The process of that rank, asked for that batch, is killed, is stopped, sleeps for ever, or raises.
+The process of that rank, asked for that batch, is killed, is stopped, sleeps for ever, raises, or
+finds its disk full from then on.
 """
 
 import os
+import resource
 import signal
 import time
 
@@ -32,6 +34,8 @@ def _inject(kind: str, batch: int) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
       elif kind == "sleep":
         time.sleep(10_000)
+      elif kind == "full":  # Less than a process writes of the state, more than anything else.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, resource.RLIM_INFINITY))
       else:
         raise OSError("a batch cannot be read: the disk is gone")
     return advance(self)
