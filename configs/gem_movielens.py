@@ -36,7 +36,17 @@ INTERACTION = {
 }
 FINE = Attention(block=64, rope=10000.0, qk_norm=True)
 COARSE = Attention(rope=10000.0, qk_norm=True)
-GEM = Gem(layers=2, **INTERACTION, strides=(1, 8), fine=FINE, coarse=COARSE)
+GEM = Gem(
+  layers=1,
+  **(INTERACTION | {"mlp": (64,), "head": (128, 128)}),
+  memory_units=2,
+  strides=(1, 8),
+  fine=FINE,
+  coarse=COARSE,
+  cls=2,
+  pma=1,
+  recent=1,
+)
 MODELS = {
   "gem": GEM,
   "wukong": Wukong(layers=2, **INTERACTION),  # With pooled history.
@@ -60,6 +70,7 @@ ABLATIONS = {
   "no_recent": {"recent": 0},
   "no_pooled": {"pooled": False},
   "no_skip": {"skip": False},
+  "no_gain": {"gain": 1.0},
   "hstu_cell": {"cell": "hstu"},
   "width_2": {"width": 2},
   "full_attention": {"fine": COARSE},
@@ -82,9 +93,9 @@ def get_config(variant: str = "gem") -> Config:
   config = Config(
     name="movielens_gem" if variant == "light" else f"movielens_{variant}",
     data=Data(path="movielens", batch_size=512, history=30, window_blocks=32),
-    embedding=Embedding(dim=32, units={"user": 0}, learning_rate=0.02, l2=0.05),
+    embedding=Embedding(dim=16, units={"user": 0}, learning_rate=0.02, l2=0.05),
     model=dataclasses.replace(model, **_own(model)),
-    optimizer=Optimizer(learning_rate=1e-3, warmup=0.1, schedule="linear"),
-    train=Train(epochs=2, eval_every=1.0),
+    optimizer=Optimizer(learning_rate=3e-3, warmup=0.1, schedule="linear"),
+    train=Train(epochs=3, eval_every=0.5, stop_metric="ne"),
   )
   return light(config) if variant == "light" else config
