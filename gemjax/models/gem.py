@@ -19,7 +19,7 @@ interactions and sequences run side by side:
 
 with c the candidate as a token of every history, and gains g (a number for each of D places of each
 unit) born at zero: GEM is born as DIN with means, and its layers change a prediction only as far as
-that has paid. Without them it fitted small training sets before it had learnt what DIN learns.
+that has paid. (Without `skip` the head reads X_{l+1} and S_sum as they are.)
 
 Pyramid: every history is read by branches of several strides side by side. The branch of stride 1
 has all events, which attend inside blocks of 64: O(T). A branch of stride s has the means of s
