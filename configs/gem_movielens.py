@@ -5,6 +5,21 @@ users that training never saw, and what a model has memorised about the others h
 
   python launch/train.py --config=configs/gem_movielens.py --workdir=runs/gem_ml \
     --config.data.path=RAW_OR_PREPARED
+
+ML-100K, test, means of seeds 0, 1, 2 and their deviation; the recipe was chosen on valid, seed 0,
+and the evaluation with the best NE on valid is tested:
+
+  | model                   | NE            | AUC           | GAUC  | dense   |
+  |-------------------------|---------------|---------------|-------|---------|
+  | GEM                     | .8324 ± .0009 | .7634 ± .0004 | .6974 | 165,624 |
+  | DIN                     | .8366 ± .0011 | .7612 ± .0006 | .6975 | 45,970  |
+  | InterFormer             | .8470 ± .0023 | .7538 ± .0019 | .7041 | 75,398  |
+  | Wukong, pooled history  | .8612 ± .0090 | .7436 ± .0031 | .6954 | 93,985  |
+
+GEM is ahead of DIN in NE and AUC with each seed, not in GAUC. DIN gains by training on: seed 0 has
+.8341, .7628, .7014 with five epochs; GEM .8333, .7640, .7051 with four. These runs had this code
+but for attention, which was the same formula over padded histories; the command itself gave GEM of
+seed 0 .8318, .7632, .7011 (312 s of steps on one busy core of an AMD EPYC, 374 s of compilation).
 """
 
 import dataclasses
@@ -36,7 +51,17 @@ INTERACTION = {
 }
 FINE = Attention(block=64, rope=10000.0, qk_norm=True)
 COARSE = Attention(rope=10000.0, qk_norm=True)
-GEM = Gem(layers=2, **INTERACTION, strides=(1, 8), fine=FINE, coarse=COARSE)
+GEM = Gem(
+  layers=1,
+  **(INTERACTION | {"mlp": (64,), "head": (128, 128)}),
+  memory_units=2,
+  strides=(1, 8),
+  fine=FINE,
+  coarse=COARSE,
+  cls=2,
+  pma=1,
+  recent=1,
+)
 MODELS = {
   "gem": GEM,
   "wukong": Wukong(layers=2, **INTERACTION),  # With pooled history.
@@ -60,6 +85,7 @@ ABLATIONS = {
   "no_recent": {"recent": 0},
   "no_pooled": {"pooled": False},
   "no_skip": {"skip": False},
+  "no_gain": {"gain": 1.0},
   "hstu_cell": {"cell": "hstu"},
   "width_2": {"width": 2},
   "full_attention": {"fine": COARSE},
@@ -82,9 +108,9 @@ def get_config(variant: str = "gem") -> Config:
   config = Config(
     name="movielens_gem" if variant == "light" else f"movielens_{variant}",
     data=Data(path="movielens", batch_size=512, history=30, window_blocks=32),
-    embedding=Embedding(dim=32, units={"user": 0}, learning_rate=0.02, l2=0.05),
+    embedding=Embedding(dim=16, units={"user": 0}, learning_rate=0.02, l2=0.05),
     model=dataclasses.replace(model, **_own(model)),
-    optimizer=Optimizer(learning_rate=1e-3, warmup=0.1, schedule="linear"),
-    train=Train(epochs=2, eval_every=1.0),
+    optimizer=Optimizer(learning_rate=3e-3, warmup=0.1, schedule="linear"),
+    train=Train(epochs=3, eval_every=0.5, stop_metric="ne"),
   )
   return light(config) if variant == "light" else config

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from gemjax.config.laws import one_of
+from gemjax.config.laws import one_of, real
 from gemjax.fields import need
 
 
@@ -87,7 +87,8 @@ class Gem:
   memory_units: int = 4  # Of a layer's output, over which later layers attend; 0: plain Wukong.
   pooled: bool = True  # Whether means over histories are units of the input.
   interest: int = 64  # So are DIN's sums of events, weighed through so many hidden; 0: none.
-  skip: bool = True  # Whether the head reads the input's units, too.
+  skip: bool = True  # Whether the head reads the input's units and the candidates, too.
+  gain: float = 0.0  # Of what it then reads of the layers, at birth.
   # Sequence towers: for every history a pyramid of branches side by side.
   strides: tuple[int, ...] = (1, 8)  # Events a token of each branch; (): no towers.
   cell: str = "transformer"  # transformer | hstu
@@ -140,6 +141,7 @@ def validate_gem(model: Any, prefix: str) -> None:
   need(model.memory_units <= outputs, f"{prefix}.memory_units", model.memory_units,
        f"at most the {outputs} units of a layer")  # fmt: skip
   newest = model.recent and model.strides == (1,)  # Branches of other strides pass no events on.
+  need(real(model.gain), f"{prefix}.gain", model.gain, "a finite number of at least 0")
   told = model.cross or model.target or model.pma or newest
   law = "() where cross, target and pma are off: branches would say nothing but newest events"
   need(not model.strides or told, f"{prefix}.strides", model.strides, law)

@@ -15,7 +15,11 @@ interactions and sequences run side by side:
   S_sum   = [cross(X_sum, S) | cross(candidate, S) | PMA(S) | newest tokens], gated if asked for,
             over all branches S_{i+1}; first 0
 
-  ŷ       = MLP([X_0 | X_{l+1} | S_sum])   bent to the example's domain (DomainHeads)
+  ŷ       = MLP([X_0 | c | g * [X_{l+1} | S_sum]])   bent to the example's domain (DomainHeads)
+
+with c the candidate as a token of every history, and gains g (a number for each of D places of each
+unit) born at zero: GEM is born as DIN with means, and its layers change a prediction only as far as
+that has paid. (Without `skip` the head reads X_{l+1} and S_sum as they are.)
 
 Pyramid: every history is read by branches of several strides side by side. The branch of stride 1
 has all events, which attend inside blocks of 64: O(T). A branch of stride s has the means of s
@@ -31,6 +35,7 @@ to layer (GEM's post).
 | blocks of 64, QK-norm, rotary positions, PMA, cross attention                 | GEM         |
 | X_sum, S_sum, personalised W                                                  | InterFormer |
 | interest as a unit of X_0: not normalised, it tells how much, not only what   | DIN, ours   |
+| at the head, gains of what layers say, born at zero (as in ReZero 2003.04887) | ours        |
 | several domains over one trunk                                                | GEM         |
 | heads of all domains, which each bends to its own                             | STAR, ours  |
 | layers in one scan: compile time independent of l                             | ours        |
@@ -237,11 +242,14 @@ class Gem(nnx.Module):
     self.units = UnitSummary(outputs, config.cls, dim, config.gating, **make) if late else None
     self.summary = summary() if late else None
     said = self.summary if late else self.layers.summary
-    read = (units if config.skip else 0) + outputs + (said.outputs if said is not None else 0)
-    inputs = read * dim
+    deep = outputs + (said.outputs if said is not None else 0)
+    skipped = units + len(self.events) if config.skip else 0
+    gain = lambda: nnx.Param(jnp.full((deep, dim), config.gain), axes=("width", "width"))
+    self.gain_ND = gain() if config.skip else None
+    inputs = (skipped + deep) * dim
     self.heads = DomainHeads(inputs, config.head, tasks, domains, config.dropout, dtype, rngs)
     self.told = 0 if late or said is None else said.outputs
-    self.skip, self.depth, self.memory_units = config.skip, config.layers, config.memory_units
+    self.depth, self.memory_units = config.layers, config.memory_units
 
   def __call__(
     self,
@@ -283,8 +291,10 @@ class Gem(nnx.Module):
     if self.summary is not None:
       sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
       s_sum_BMD = self.summary(sequences, self.units(state.x_BDN), candidates)
-    read = [x_BND] if self.skip else []
     layered_BND = rearrange(state.x_BDN, "b d n -> b n d")
-    units_BND = jnp.concatenate([*read, layered_BND, s_sum_BMD], 1)
+    units_BND = jnp.concatenate([layered_BND, s_sum_BMD], 1)
+    if self.gain_ND is not None:
+      gained_BND = units_BND * self.gain_ND[...].astype(units_BND.dtype)
+      units_BND = jnp.concatenate([x_BND, *(c_BD[:, None] for c_BD in asking), gained_BND], 1)
     read_BI = rearrange(units_BND, "b n d -> b (n d)")
     return run(kept, self.heads, read_BI, domain_B, fold(key_B, 2))

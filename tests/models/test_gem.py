@@ -1,5 +1,6 @@
 """GEM against a transcription of its formulas, whole and with each of its parts switched off."""
 
+import copy
 import dataclasses
 import functools
 import re
@@ -7,6 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from history_case import SPECS, B, Case, D, T, maker
 from numpy_layers import (
   candidate_token,
@@ -85,15 +87,17 @@ def layer(config, branches, x, s_sum, memories, w):
 def oracle(config, w, x, histories, domain_B=None):
   branches = []
   interests = []
+  candidates = []
   for i, (units, age) in enumerate(histories if config.strides or config.interest else ()):
     s = event_tokens(units, age, w["events"][i])
     candidate = candidate_token(x, SPECS[i].candidate, w["events"][i])
+    candidates.append(candidate)
     if config.interest:
       interests.append(interest(s, candidate[0], w["interests"][i])[None])
     branches += [Branch(config, SPECS[i], stride, s, age, candidate) for stride in config.strides]
   x = np.concatenate([x, *interests])
   memories = [over_units(x, w["memory"])] if config.memory_units else []
-  skipped = x if config.skip else x[:0]
+  skipped = [x, *candidates] if config.skip else []
   x = wukong_layer(x, w["first"], config.fmb_units)
   of_stride = lambda b: config.recent if b.stride == 1 else 0
   queries = config.pma + (config.cls if config.cross else 0) + config.target
@@ -105,7 +109,9 @@ def oracle(config, w, x, histories, domain_B=None):
   if branches and not config.exchange:
     x_sum = unit_summary(x, w["units"], config.gating)
     s_sum = said(config, branches, x_sum, w["summary"])
-  x, domain, of = np.concatenate([skipped, x, s_sum]).reshape(-1), domain_B, w["heads"]
+  told = np.concatenate([x, s_sum])
+  told = told * w["gain_ND"] if config.skip else told
+  x, domain, of = np.concatenate([*skipped, told]).reshape(-1), domain_B, w["heads"]
   if domain is None:
     return heads(x, of["heads"])
   own = jax.tree.map(lambda rows: rows[domain], {n: of[n] for n in of if n != "heads"})
@@ -140,6 +146,16 @@ def test_formulas(whole):
   whole.check_all()
 
 
+def test_layers_say_nothing_at_birth(whole):
+  """At first the head reads what DIN reads, and learns how far to listen to the layers."""
+  born = copy.copy(whole)
+  model = maker(Gem, CONFIG, 1, domains=DOMAINS)()
+  born.params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params, _, _ = born.gradients(np.ones((B, T), np.float32))
+  silent = {name for name in params if not any(g.any() for g in jax.tree.leaves(params[name]))}
+  assert silent == {"first", "layers", "memory"}
+
+
 def test_a_domain_learns_from_its_own_examples(whole):
   for domain in range(DOMAINS):
     own = whole.more["domain_B"] == domain
@@ -168,7 +184,7 @@ SWITCHES = {  # What is switched, and which parameters go with it.
   "cross": ({"cross": False}, "none"),
   "target": ({"target": False}, "none"),
   "gating": ({"gating": "none"}, r"layers\.(units|summary)\.gate\."),
-  "skip": ({"skip": False}, "none"),
+  "skip": ({"skip": False}, "gain_ND"),
   "pma": ({"pma": 0}, r"layers\.summary\.sequences\.\d\.pool\.seeds_MD"),
   "recent": ({"recent": 0}, "none"),
   "interest": ({"interest": 0}, r"interests\."),
