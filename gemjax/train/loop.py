@@ -151,7 +151,10 @@ class _Run:
       state, plans, report = self.programs.step(state, plans, batch, upcoming)
       done += 1
       reports.append(report)
-      self._tell_start_up(report)
+      if "first step" not in self.phases.seconds:
+        jax.block_until_ready(report)
+        self.phases.add("compile", self.programs.compile_seconds)
+        self.progress.say(self.phases.at_first_step())
       # Groups that update tables of their own meet at whole multiples of `apart`, and at the end;
       # only there the state is one.
       whole = done % self.apart == 0 or done == self.steps
@@ -179,18 +182,6 @@ class _Run:
         at = f"after step {done:,} of {self.steps:,}, which is saved"
         raise Terminated(f"stopped by SIGTERM {at}; the same command goes on from there")
     return state
-
-  def _tell_start_up(self, report: Report) -> None:
-    """Once the first step of this start is done."""
-    if "first step" in self.phases.seconds:
-      return
-    jax.block_until_ready(report)
-    self.phases.add("compile", self.programs.compile_seconds)
-    self.phases.add("first step", self.phases.since_start)
-    seconds = dict(self.phases.seconds)
-    total = seconds.pop("first step")
-    parts = ", ".join(f"{name} {s:.2f} s" for name, s in seconds.items())
-    self.progress.say(f"first step after {total:.2f} s: {parts}")
 
   def _clock(self) -> float:
     """Seconds that stand still while a program is compiled."""

@@ -41,6 +41,12 @@ class Phases:
   def add(self, name: str, seconds: float) -> None:
     self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
+  def at_first_step(self) -> str:
+    """Ends the start-up, and says in words how long it took."""
+    parts = ", ".join(f"{name} {s:.2f} s" for name, s in self.seconds.items())
+    self.add("first step", self.since_start)
+    return f"first step after {self.seconds['first step']:.2f} s: {parts}"
+
 
 class Progress:
   """The bar goes to a terminal only; lines and TensorBoard always."""
