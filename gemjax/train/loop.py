@@ -68,7 +68,7 @@ class _Run:
     self.data, self.mesh, self.trainer = setup.data, setup.mesh, setup.trainer
     self.programs, self.feed = setup.programs, setup.feed
     self.steps, batch = setup.steps, config.data.batch_size
-    # Where groups update tables of their own, steps at which nothing else may look at them.
+    # Where groups update tables of their own, nothing looks at them at other steps.
     self.apart = config.embedding.average_every if self.trainer.tables.averaged else 1
     interval = config.train.eval_every * self.data.split("train").examples / batch
     self.eval_interval = max(1, round(interval)) if interval else self.steps
@@ -99,9 +99,7 @@ class _Run:
     return self._open.enter_context(checkpoints)
 
   def _begin(self) -> TrainState:
-    """The state of the last sound checkpoint, or that before the first step, while another thread
-    reads the first batch and has its programs ready.
-    """
+    """The last sound state, or the first, while a thread reads batches and has programs ready."""
     resumed = bool(saved_steps(self.folder.path))
     position = self._likely_position() if resumed else None
     self.peers.phase("first batch")
