@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from gemjax.checkpoint.agreement import texts_of_all
 from gemjax.checkpoint.checked import CheckedJson, CheckedState, CorruptError, check_digest
-from gemjax.checkpoint.shards import read_shards
+from gemjax.checkpoint.shards import ShapeError, read_shards
 
 # An array is stored in pieces of at most so much, so that a reader need not hold all of it twice.
 PIECE_BYTES = 2**25
@@ -209,9 +209,13 @@ class Checkpoints:
       except Exception as error:
         failure = error  # Of what is no longer as it was written, or of another run.
       harm = next(filter(None, texts_of_all(checked.result())), "")
-    if failure and not harm:
+    if isinstance(failure, ShapeError) and not harm:
       raise CheckpointError(
         f"{_brief(failure)}; the checkpoint is of another shape than this run, name another folder"
+      ) from failure
+    if failure and not harm:
+      raise CheckpointError(
+        f"{folder} is sound but could not be read ({_brief(failure)}); the same command tries again"
       ) from failure
     return state, harm
 

@@ -134,7 +134,7 @@ class Cache:
 
   def _make_room(self, size: int) -> None:
     found = []
-    for file in self.folder.iterdir():
+    for file in filter(_is_entry, self.folder.iterdir()):
       with contextlib.suppress(FileNotFoundError):  # Another run may have removed it.
         found.append((file.stat().st_mtime, file.stat().st_size, file))
     total = size + sum(held for _, held, _ in found)
@@ -148,6 +148,13 @@ class Cache:
     if self._writes and not self._told:
       print(sentence, file=sys.stderr, flush=True)
     self._told = True
+
+
+def _is_entry(file: pathlib.Path) -> bool:
+  """Ours: a folder that a user names may hold other files."""
+  with contextlib.suppress(OSError), open(file, "rb") as content:
+    return content.read(len(_MARK)) == _MARK
+  return False
 
 
 def _jax_cache(cache: Cache):

@@ -8,6 +8,7 @@ executable is ever run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -26,7 +27,12 @@ from gemjax.config import FREE_ON_RESUME, Config
 from gemjax.features import FeatureSet
 from gemjax.train.cache import Cache, host
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "einops")  # Whose code ends up in a program.
+_PACKAGES = (
+  *("jax", "jaxlib", "flax", "optax", "einops"),
+  *(f"jax-cuda{v}-{part}" for v in (12, 13) for part in ("plugin", "pjrt")),
+  *(f"nvidia-cudnn-cu{v}" for v in (12, 13)),
+)
+_SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl")
 
 
 class Executable(NamedTuple):
@@ -90,11 +96,11 @@ class Executables:
     """
     outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
     if self._cache.folder is None:
-      return Executable(lowered.compile(), outputs)
+      return Executable(lowered.compile(_options()), outputs)
     from jax.experimental import serialize_executable
 
     with self._cache.aside():
-      made = Executable(lowered.compile(), outputs)
+      made = Executable(lowered.compile(_options()), outputs)
     try:
       serialized, in_tree, out_tree = serialize_executable.serialize(made.call)
     except Exception as error:  # Not every backend can.
@@ -115,13 +121,16 @@ def origin_of(
   device = mesh.devices.flat[0]
   tree = config.to_json()
   for path in FREE_ON_RESUME:
+    if path.startswith("memory."):
+      continue  # Free to change, but another program.
     section, _, name = path.rpartition(".")
     (tree[section] if section else tree).pop(name)
   return {
-    **{package: importlib.metadata.version(package) for package in _PACKAGES},
+    **_versions(),
     "source": _source(),
     "flags": os.environ.get("XLA_FLAGS", ""),
-    "platform": device.client.platform_version.split("\n")[0],
+    "settings": {name: str(getattr(jax.config, name)) for name in _SETTINGS},
+    "platform": device.client.platform_version,
     "device": device.device_kind + (f" of host {host()}" if device.platform == "cpu" else ""),
     "devices": jax.device_count(),
     "processes": jax.process_count(),
@@ -130,6 +139,21 @@ def origin_of(
     "config": tree,
     "features": features.to_json(),
   }
+
+
+def _versions() -> dict[str, str]:
+  """Of the packages whose code ends up in a program, as far as they are installed."""
+  found = {}
+  for package in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[package] = importlib.metadata.version(package)
+  return found
+
+
+def _options() -> dict[str, bool] | None:
+  """The first process compiles alone: it must not wait for the others' share of autotuning."""
+  alone = jax.default_backend() == "gpu" and jax.process_count() > 1
+  return {"xla_gpu_shard_autotuning": False} if alone else None
 
 
 def _name(program: str, origin: dict[str, Any]) -> str:

@@ -49,25 +49,19 @@ def train(
   with Termination() as termination, Workdir(workdir, first=not jax.process_index()) as folder:
     run = set_up(config, folder, phases)
     with run.cache.behind_jax():
-      return _Run(run.config, run, folder, phases, termination).run()
+      return _Run(run, folder, phases, termination).run()
 
 
 class _Run:
   """One run's parts; `run` is the order in which they act."""
 
-  def __init__(
-    self,
-    config: config_lib.Config,
-    setup: Setup,
-    folder: Workdir,
-    phases: Phases,
-    termination: Termination,
-  ):
-    self.config, self.setup, self.folder, self.phases = config, setup, folder, phases
+  def __init__(self, setup: Setup, folder: Workdir, phases: Phases, termination: Termination):
+    self.config, self.setup, self.folder, self.phases = setup.config, setup, folder, phases
     self.termination, self.peers = termination, phases.peers
     self.data, self.mesh, self.trainer = setup.data, setup.mesh, setup.trainer
     self.programs, self.feed = setup.programs, setup.feed
-    self.steps, batch = setup.steps, config.data.batch_size
+    self.steps, config = setup.steps, setup.config
+    batch = config.data.batch_size
     # Where groups update tables of their own, nothing looks at them at other steps.
     self.apart = config.embedding.average_every if self.trainer.tables.averaged else 1
     interval = config.train.eval_every * self.data.split("train").examples / batch
@@ -100,7 +94,7 @@ class _Run:
 
   def _begin(self) -> TrainState:
     """The last sound state, or the first, while a thread reads batches and has programs ready."""
-    resumed = bool(saved_steps(self.folder.path))
+    resumed = bool(of_all_processes(np.array([len(saved_steps(self.folder.path))])).max())
     position = self._likely_position() if resumed else None
     self.peers.phase("first batch")
     # By a program of all processes: not beside Orbax, which runs some of its own.
@@ -118,15 +112,19 @@ class _Run:
     return state
 
   def _likely_position(self) -> Any:
-    """Where the latest checkpoint goes on, if its notes are sound, and the feed set to it."""
+    """Where the latest checkpoint goes on, if all find its notes sound, and the feed set to it."""
     from gemjax.checkpoint import CheckpointError
 
     try:
-      position = self.checkpoints.notes()["position"]
-    except CheckpointError:
-      return None  # Another checkpoint will do.
-    self.feed.set_state(position)
-    return position
+      notes = self.checkpoints.notes()
+      step = self.checkpoints.steps[-1]
+    except CheckpointError:  # Another one will do.
+      notes, step = {}, -1
+    seen = of_all_processes(np.array([step]))
+    if step < 0 or seen.min() < seen.max():  # Disks may show processes different things.
+      return None
+    self.feed.set_state(notes["position"])
+    return notes["position"]
 
   def _prepare(self) -> None:
     start = time.perf_counter()
@@ -153,8 +151,7 @@ class _Run:
         jax.block_until_ready(report)
         self.phases.add("compile", self.programs.compile_seconds)
         self.progress.say(self.phases.at_first_step())
-      # Groups that update tables of their own meet at whole multiples of `apart`, and at the end;
-      # only there the state is one.
+      # Where groups update tables of their own, the state is one at multiples of `apart` only.
       whole = done % self.apart == 0 or done == self.steps
       if whole and self.apart > 1:
         state = self.programs.average(state)
@@ -262,8 +259,9 @@ class _Run:
     if notes["position"] != position:
       self.feed.set_state(notes["position"])
     self.best = BestSoFar(**notes["best"])
-    kept = (notes[name] for name in ("valid", "train_loss", "seconds"))
-    self.valid, self.train_loss, self.seconds = kept
+    self.valid, self.train_loss, self.seconds = (
+      notes[n] for n in ("valid", "train_loss", "seconds")
+    )
     for line in (*restored.passed, f"resuming from the checkpoint of step {restored.step:,}"):
       self.progress.say(line)
 

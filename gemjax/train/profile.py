@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import socket
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -39,7 +40,8 @@ class Profile:
       jax.profiler.stop_trace()
       if not jax.process_index():
         found = {"steps": self._steps, "step_seconds": seconds / self._steps}
-        (trace,) = sorted((self._folder / TRACE).rglob("*.xplane.pb"))[-1:]
+        traces = (self._folder / TRACE).rglob(f"{socket.gethostname()}*.xplane.pb")
+        trace = max(traces, key=lambda file: file.stat().st_mtime)
         planes = jax.profiler.ProfileData.from_file(str(trace)).planes
         found |= of_devices(planes, seconds, self._steps)
         (self._folder / REPORT).write_text(json.dumps(found, indent=1) + "\n")

@@ -13,7 +13,7 @@ from numbers import Integral, Real
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import generation, segments
+from pallas_kernels import segments
 from pallas_kernels.dispatch import Refused, dispatch
 from pallas_kernels.jagged_attention import reference, rotary, triton, xla
 from pallas_kernels.jagged_attention.activation import POINTWISE, SOFTMAX
@@ -160,17 +160,13 @@ def _attend_forward(form, implementation, q_THD, k_EHD, v_EHD, tables, plan):
   args = (q_THD, k_EHD, v_EHD, tables, plan)
   known = {"xla": functools.partial(xla.forward, form)}
   known["triton"] = functools.partial(triton.forward, form)
-  refusal, kernel = triton.refusal(q_THD, k_EHD, tables), "triton"
-  hopper = implementation is None and generation.target() == generation.HOPPER
-  if implementation == "mosaic" or hopper:  # Only then: not every platform's jaxlib has Mosaic.
+  refusal = triton.refusal(q_THD, k_EHD, tables)
+  if implementation == "mosaic":  # Only then: not every platform's jaxlib has Mosaic.
     from pallas_kernels.jagged_attention import mosaic
 
     known["mosaic"] = functools.partial(mosaic.forward, form)
-    refuses = mosaic.refusal(q_THD, k_EHD, tables)
-    # Measured on an H100: rows of 64 keep too few products in flight for it.
-    if implementation or not (refuses or q_THD.shape[2] < 128):
-      refusal, kernel = refuses, "mosaic"
-  saved: Saved = dispatch(_OP, implementation, known, *args, refusal=refusal, kernel=kernel)
+    refusal = mosaic.refusal(q_THD, k_EHD, tables)
+  saved: Saved = dispatch(_OP, implementation, known, *args, refusal=refusal)
   return saved.out_THD, (*args, saved)
 
 

@@ -15,10 +15,10 @@ Offsets of segments are multiples of nothing, and three things follow:
   are written as boxes of 64, 32, ..., 1 rows: one for each half of a full tile.
 
 The interpreter runs all of it but the products and the layouts of registers (warpgroup.py). So
-barriers, addresses, masks, sums and stores are tested by numbers; products and layouts are compiled
-for sm_90a, no more. JAX refuses causal masks in its own attention on CUDA 12.8.0 to 12.9.0, whose
-ptxas miscompiles them, and ours are of the same kind. Mosaic takes the ptxas that it finds first:
-that of the wheels is 12.9.86, of CUDA 12.9.1.
+barriers, addresses, masks, sums and stores are tested by numbers everywhere; products and layouts
+where there is an H100 (WORKSPACE.md, Known limits). JAX refuses causal masks in its own attention
+on CUDA 12.8.0 to 12.9.0, whose ptxas miscompiles them, and ours are of the same kind. Mosaic takes
+the ptxas that it finds first: that of the wheels is 12.9.86, of CUDA 12.9.1.
 
 Letters: B queries of a group, G groups, K keys of a tile, P places of a ring, T queries, E keys, H
 heads, D width, C columns of the output that are summed at once, N tiles.
@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.jagged_attention import tiles
+from pallas_kernels.jagged_attention import edges, tiles
 from pallas_kernels.jagged_attention.activation import POINTWISE, sigmoid_by
 from pallas_kernels.jagged_attention.form import Form, Plan, Saved
 from pallas_kernels.jagged_attention.warpgroup import Compiled, Interpreted
@@ -46,7 +46,6 @@ KERNEL = "jagged_attention_forward_mosaic"
 GROUPS, ROWS = 2, 64  # Groups that compute; wgmma has 64 rows.
 # Registers of a thread: 65,536 are 384 * 168 and some, and 2 * 240 + 24 = 3 * 168.
 _REGISTERS, _REGISTERS_OF_COPIES = 240, 24
-_ALIGNED = 8  # Rows: TMA would leave out the end of a tile that it starts amid.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
       key = first + j * shape.keys
 
       def fill(ref, row, ring, filled_P):
-        rows = pl.ds(pl.multiple_of(row, _ALIGNED), shape.keys)
+        rows = pl.ds(pl.multiple_of(row, edges.ALIGNED), shape.keys)
         plgpu.copy_gmem_to_smem(ref.at[rows, head], ring.at[place], filled_P.at[place])
 
       def freed(barrier_P):
@@ -126,7 +125,7 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
       freed(k_freed)
       fill(k_ref, key, k_smem, k_filled)
       freed(v_freed)
-      edge = _edge_row(*inside, key, shape.keys)
+      edge = edges.start(*inside, key, shape.keys)
       pl.when(edge < 0)(lambda: fill(v_ref, key, v_smem, v_filled))
       pl.when(edge >= 0)(lambda: fill(edges_ref, edge, v_smem, v_filled))
 
@@ -200,31 +199,6 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _edges(v_EHD, kv_offsets_S1, keys: int):
-  """(inside_2, the rows at the first and at the last key of all, in two halves).
-
-  Rows outside of the segments may be NaN. Masks keep their scores out, but 0 * NaN would remain, so
-  tiles with such rows come from here, where they are zeros.
-  """
-  inside_2 = jnp.stack([kv_offsets_S1[0], kv_offsets_S1[-1]])
-  row_R = jnp.arange(2 * keys + _ALIGNED)
-  row_R = jnp.concatenate([base + row_R for base in _bases(*inside_2, keys)])
-  own_R = (row_R >= inside_2[0]) & (row_R < inside_2[1])
-  return inside_2, jnp.where(own_R[:, None, None], v_EHD.at[row_R].get(mode="clip"), 0)
-
-
-def _bases(begin, end, keys: int):
-  aligned = lambda row: row - row % _ALIGNED
-  return aligned(begin), aligned(jnp.maximum(end - keys, 0))
-
-
-def _edge_row(begin, end, key, keys: int):
-  """Where in `_edges` the tile from `key` on begins; negative if all its rows are inside."""
-  front, back = _bases(begin, end, keys)
-  row = jnp.where(key + keys > end, 2 * keys + _ALIGNED + key - back, -1)
-  return jnp.where(key < begin, key - front, row)
-
-
 def _columns(part: slice):
   return pl.ds(part.start, part.stop - part.start)
 
@@ -249,8 +223,8 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
   shape = launch(width)
   if form.softmax and form.scale <= 0:
     q_THD = q_THD * jnp.sign(form.scale).astype(q_THD.dtype)  # The kernel has |scale|, or 1 for 0.
-  inside_2, edges_RHD = _edges(v_EHD, plan.kv_offsets_S1, shape.keys)
-  room = -len(k_EHD) % _ALIGNED
+  inside_2, edges_RHD = edges.rows(v_EHD, plan.kv_offsets_S1, shape.keys)
+  room = -len(k_EHD) % edges.ALIGNED
   if room:
     k_EHD, v_EHD = (jnp.pad(x, ((0, room), (0, 0), (0, 0))) for x in (k_EHD, v_EHD))
 
@@ -261,7 +235,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
   lo_NB, hi_NB, gain_NB = (
     x.at[row_NB].get(mode="fill", fill_value=0) for x in (plan.lo_T, plan.hi_T, plan.gain_T)
   )
-  cut = cut._replace(first_N=cut.first_N - cut.first_N % _ALIGNED)
+  cut = cut._replace(first_N=cut.first_N - cut.first_N % edges.ALIGNED)
   number = len(cut.start_N)
   grouped = lambda x_NB: x_NB.reshape(number, GROUPS, ROWS)
   limits_NG2B = jnp.stack([grouped(lo_NB), grouped(hi_NB)], axis=2)

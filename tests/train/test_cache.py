@@ -52,11 +52,15 @@ def test_the_oldest_give_way(tmp_path, monkeypatch):
   import os
 
   cache = Cache(tmp_path)
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "thesis").write_bytes(bytes(1000))  # What is no entry is not the cache's to remove.
+  os.utime(tmp_path / "thesis", (0, 0))
   monkeypatch.setattr(cache_lib, "MAX_BYTES", 350)
   for i in range(5):
     cache.put(f"e{i}", bytes(80))
     os.utime(tmp_path / f"e{i}", (i, i))
   assert [cache.get(f"e{i}") is not None for i in range(5)] == [False, False, True, True, True]
+  assert (tmp_path / "thesis").exists() and (tmp_path / "folder").exists()
 
 
 def _put_many(folder, letter):
