@@ -11,10 +11,9 @@ from meshes import ALL, FAST, ONE
 
 from gemjax.config import Embedding
 from gemjax.embedding import ShardedTables, layout_tables
-from gemjax.embedding.held import Held
+from gemjax.embedding.held import Held, row_keys
 from gemjax.embedding.lookup import positions
 from gemjax.embedding.row import RowSharded
-from gemjax.embedding.stack import _row_keys
 from gemjax.features import Batch, FeatureSet, Jagged, Sequence, Sparse, split_words
 
 ROWS, L, B = 5_000_000_000, 8, 32
@@ -126,12 +125,12 @@ def test_rows_have_keys_of_their_own():
   for number in (3, 3 + 2**31, 3 + 2**32, 4):
     held = Held(SHARE, STACK.rows, number // SHARE, 4, 4, 0)
     row_1 = jnp.array([number % SHARE], jnp.int32)
-    keys.append(jax.random.key_data(_row_keys(jax.random.key(0), held, row_1)).tobytes())
+    keys.append(jax.random.key_data(row_keys(jax.random.key(0), held, row_1)).tobytes())
   assert len(set(keys)) == 4
   # Of a row's number, not of its owner.
   other = Held(SHARE // 2, STACK.rows, (3 + 2**32) // (SHARE // 2), 4, 4, 0)
   row_1 = jnp.array([(3 + 2**32) % (SHARE // 2)], jnp.int32)
-  same = jax.random.key_data(_row_keys(jax.random.key(0), other, row_1)).tobytes()
+  same = jax.random.key_data(row_keys(jax.random.key(0), other, row_1)).tobytes()
   assert same == keys[2]
 
 

@@ -9,10 +9,9 @@ import tiny
 from bad import flip, refuses, sentence, truncate
 
 from gemjax import config as c
-from gemjax.checkpoint import Checkpoints
 from gemjax.data.prepared import MANIFEST, checksum
 from gemjax.train.loop import train
-from gemjax.train.workdir import CHECKPOINTS, SUMMARY
+from gemjax.train.workdir import SUMMARY, saved_steps
 
 GOOD = f"--config={tiny.FILE}"
 CONFIGS = {
@@ -201,4 +200,4 @@ def test_a_value_no_model_can_take(split, case, config, tmp_path, capsys):
   config.data.path, config.data.batch_size = str(path), 48
   file = path / f"{split}-00000.array_record"
   refuses(capsys, config, tmp_path / "run", f"{file} block 0", "prepare again", *words)
-  assert not Checkpoints(tmp_path / "run" / CHECKPOINTS, read_only=True).steps
+  assert not saved_steps(tmp_path / "run")

@@ -133,8 +133,9 @@ def test_a_disk_that_fills_during_a_save(trained, config, tmp_path, capsys, monk
 
 def test_a_full_disk_is_one_sentence_on_stderr(data, tmp_path):
   """Orbax and TensorStore, left alone, add pages of tracebacks."""
-  with full_disk(at=10_000):  # No compiled programs of others, which would be cut short as well.
-    process = tiny.start("train", config=tiny.FILE, workdir=tmp_path / "w", config__data__path=data)
+  flags = {"config__data__path": data, "config__compilation__cache": "off"}  # Cut short as well.
+  with full_disk(at=10_000):
+    process = tiny.start("train", config=tiny.FILE, workdir=tmp_path / "w", **flags)
   error = tiny.sentence(process, 1)
   assert "checkpoints failed" in error and "File too large" in error and "free the disk" in error
   assert not list((tmp_path / "w" / CHECKPOINTS).iterdir())

@@ -116,7 +116,7 @@ def test_corrupt_entries_are_compiled_anew(damage, run, config, capsys):
   workdir, summary = run
   anew(workdir)
   files = list((workdir / COMPILED).iterdir())
-  assert len(files) > len(OURS)  # JAX's own entries, too.
+  assert len(files) >= len(OURS)  # And of JAX what this process had not compiled before.
   for file in files:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

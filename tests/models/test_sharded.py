@@ -150,8 +150,8 @@ def walk(jaxpr):
 
 @pytest.fixture
 def deep():
-  """A Wukong of five scanned layers on two meshes; whole kernels on the first."""
-  graph, abstract, params, inputs = build(c.Wukong(**WUKONG | {"layers": 6, "mlp": (24,)}))
+  """A Wukong of six scanned layers on two meshes; whole kernels on the first."""
+  graph, abstract, params, inputs = build(c.Wukong(**WUKONG | {"layers": 7, "mlp": (24,)}))
   return {shape: on_mesh(graph, abstract, shape).trace(params, inputs) for shape in MESHES[::2]}
 
 
