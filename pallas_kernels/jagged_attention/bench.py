@@ -190,7 +190,7 @@ def _tflops(length_S: np.ndarray, heads: int, width: int, options) -> dict[str, 
   offset_S1, seen = seen_of(length_S, options)
   pairs = int(np.sum(np.asarray(seen.hi_T - seen.lo_T), dtype=np.int64))
   args = (x_THD, x_THD, x_THD, offset_S1)
-  rivals = {"kernel": (_ours(options, None), args), "triton": (_ours(options, "triton"), args)}
+  rivals = {name: (_ours(options, name), args) for name in ("triton", "mosaic")}
   if options["activation"] == "softmax" and len(set(length_S)) == 1 and width <= 128:
     dense = (x_THD.reshape(len(length_S), -1, heads, width),) * 3
     cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
