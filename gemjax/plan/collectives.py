@@ -24,17 +24,6 @@ KINDS = (
   "ragged-all-to-all",
   "reduce-scatter",
 )
-# Between a start and its done these cost nothing or are no work of the device.
-_FREE = {
-  "after-all",
-  "bitcast",
-  "constant",
-  "get-tuple-element",
-  "opt-barrier",
-  "parameter",
-  "partition-id",
-  "tuple",
-}
 _MATMUL = re.compile(r"matmul|gemm|^dot$|cudnn")
 
 Groups = tuple[tuple[int, ...], ...]
@@ -206,7 +195,7 @@ def _work(module: hlo.Module, ins: hlo.Instruction) -> Counter[str]:
     turns = (hlo.trip_count(ins) or 1) if ins.opcode == "while" else 1
     return Counter({op: n * turns for op, n in ops.items()})
   opcode = ins.opcode
-  if opcode in _FREE or opcode in KINDS or re.search(r"-(start|update|done)$", opcode):
+  if opcode in hlo.NAMES or opcode in KINDS or re.search(r"-(start|update|done)$", opcode):
     return Counter()
   if opcode == "custom-call":
     target = re.search(r'custom_call_target="([^"]*)"', ins.attributes)

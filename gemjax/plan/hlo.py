@@ -12,6 +12,18 @@ from typing import NamedTuple
 
 from gemjax.plan.target import PlanError
 
+# They make no kernel.
+NAMES = {
+  "after-all",
+  "bitcast",
+  "constant",
+  "get-tuple-element",
+  "opt-barrier",
+  "parameter",
+  "partition-id",
+  "tuple",
+}
+
 
 class Shape(NamedTuple):
   """An array's type, e.g. Shape("bf16", (512, 64))."""

@@ -9,20 +9,8 @@ from typing import NamedTuple
 from gemjax.plan import hlo
 from gemjax.plan.target import PlanError
 
-# They make no kernel: names, tuples, and control, whose inside is counted.
-FREE = {
-  "after-all",
-  "bitcast",
-  "call",
-  "conditional",
-  "constant",
-  "get-tuple-element",
-  "opt-barrier",
-  "parameter",
-  "partition-id",
-  "tuple",
-  "while",
-}
+# They make no kernel: names, and control, whose inside is counted.
+FREE = hlo.NAMES | {"call", "conditional", "while"}
 _READ_IN_PART = {"gather", "dynamic-slice", "slice"}
 _WRITTEN_IN_PART = {"scatter", "dynamic-update-slice"}
 SORT_PASSES = 8  # A radix sort of 32 to 64 bits reads and writes its keys about so often.
