@@ -127,7 +127,7 @@ def state_of(trainer: Trainer, tensors: Tensors) -> Any:
   def streamed(leaf: str, like: Any) -> Streamed:
     its = by_leaf.get(leaf, [])
     if not its:
-      return _streamed(of_array(np.full(like.shape, _born(leaf), like.dtype)))
+      return _streamed(of_array(np.full(like.shape, _born(trainer, leaf), like.dtype)))
     if its[0].table is not None:
       return Streamed(
         like.shape, like.dtype, lambda rows: _stacked(trainer, like, its, tensors, rows)
@@ -144,8 +144,9 @@ def state_of(trainer: Trainer, tensors: Tensors) -> Any:
 
 def fresh(trainer: Trainer) -> Tensors:
   """The tensors as a run is born with them: dense ones all computed together, rows as needed."""
+  seed = trainer.config.train.seed
   params = functools.cache(
-    lambda: _named(jax.device_get(jax.jit(lambda: init_state(trainer).params)()))
+    lambda: _named(jax.device_get(jax.jit(lambda: init_state(trainer, seed).params)()))
   )
   born = jax.jit(trainer.tables.born, static_argnums=1)
 
@@ -156,7 +157,7 @@ def fresh(trainer: Trainer) -> Tensors:
       def rows(start: int, stop: int) -> np.ndarray:
         # A stack of more than 2^32 rows gives some of them the numbers of others.
         at_N = _positions(trainer, part.table, start, stop).astype(np.uint32)
-        return np.asarray(born(table_key(trainer), stack, at_N)).astype(part.dtype)
+        return np.asarray(born(table_key(seed), stack, at_N)).astype(part.dtype)
 
       return Tensor(part.shape, part.dtype, rows)
     if part.leaf.startswith("params."):
@@ -221,7 +222,9 @@ def _moment(leaf: str) -> tuple[str, str] | None:
   return ("", COUNT) if leaf.startswith("opt_state.") and leaf.endswith(".0.count") else None
 
 
-def _born(leaf: str) -> int:
+def _born(trainer: Trainer, leaf: str) -> int:
+  if leaf == "seed":
+    return trainer.config.train.seed
   return NEVER if leaf.startswith("bad_step.") else 0
 
 

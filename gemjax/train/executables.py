@@ -125,6 +125,7 @@ def origin_of(
       continue  # Free to change, but another program.
     section, _, name = path.rpartition(".")
     (tree[section] if section else tree).pop(name)
+  tree["train"].pop("seed")  # A part of the state.
   return {
     **_versions(),
     "source": _source(),

@@ -52,6 +52,7 @@ class Programs:
     steps = trainer.config.train.profile_steps
     self._profile = Profile(folder, steps) if folder and steps else None
     self._shardings = trainer.shardings
+    self._seed = np.int32(trainer.config.train.seed)
     self._plan: Compiled | None = None
     self._step: Compiled | None = None
     self._predict: Compiled | None = None
@@ -111,14 +112,14 @@ class Programs:
     batch = to_devices(self._trainer.mesh, batch)
     state = lambda: (self._trainer.abstract(), batch)
     self._predicting(batch).prepare((batch,), state)
-    self._born.prepare((), tuple)
+    self._born.prepare((), lambda: (self._seed,))
     self._no_sums.prepare((), tuple)
     if self._trainer.tables.averaged:
       self._average.prepare((), lambda: (self._trainer.abstract(),))
 
   def born(self) -> TrainState:
     """The state before the first step, every array born where it lies."""
-    return self._born()
+    return self._born(self._seed)
 
   def plan(self, batch: Batch) -> Plans:
     """The plans of a batch that follows no step; the first call measures it."""

@@ -39,6 +39,7 @@ class TrainState(NamedTuple):
   """All that training changes; a plain pytree, donated to every step."""
 
   step: jax.Array  # int32, steps done.
+  seed: jax.Array  # int32, of all that is drawn: one program serves every seed.
   params: dict[str, Any]  # Dense parameters.
   opt_state: optax.OptState
   stacks: Stacks  # Embedding tables by stack.
@@ -84,11 +85,12 @@ class Trainer:
 
   def born(self) -> TrainState:
     """The state before the first step, every array born where it lies."""
-    return jax.jit(lambda: init_state(self), out_shardings=self.shardings)()
+    born = jax.jit(functools.partial(init_state, self), out_shardings=self.shardings)
+    return born(self.config.train.seed)
 
   def abstract(self) -> TrainState:
     """Shapes, types and places of the state; nothing is computed."""
-    shapes = jax.eval_shape(lambda: init_state(self))
+    shapes = jax.eval_shape(functools.partial(init_state, self), self.config.train.seed)
     place = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
     return jax.tree.map(place, shapes, self.shardings)
 
@@ -121,6 +123,7 @@ def make_trainer(
   replicated = PartitionSpec()
   state = TrainState(
     step=replicated,
+    seed=replicated,
     params=specs,
     opt_state=state_specs(optimizer, params, specs),
     stacks=tables.specs(),
@@ -150,9 +153,9 @@ def state_bytes(config: config_lib.Config, features: FeatureSet) -> int:
   return dense + tables.state_bytes()
 
 
-def init_state(trainer: Trainer) -> TrainState:
+def init_state(trainer: Trainer, seed: jax.Array | int) -> TrainState:
   """The state before the first step; equal on every mesh."""
-  model = _ranker(trainer.config, trainer.features, trainer.tables.layout)
+  model = _ranker(trainer.config, trainer.features, trainer.tables.layout, seed)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   tables = jax.shard_map(
     trainer.tables.init,
@@ -163,17 +166,18 @@ def init_state(trainer: Trainer) -> TrainState:
   )
   return TrainState(
     step=jnp.zeros((), jnp.int32),
+    seed=jnp.asarray(seed, jnp.int32),
     params=params,
     opt_state=trainer.optimizer.init(params),
-    stacks=tables(table_key(trainer)),
+    stacks=tables(table_key(seed)),
     sums=metrics.zeros(len(trainer.features.tasks)),
     bad_step={part: jnp.full((), NEVER, jnp.int32) for part in trainer.specs.bad_step},
   )
 
 
-def table_key(trainer: Trainer) -> jax.Array:
+def table_key(seed: jax.Array | int) -> jax.Array:
   """Of what the rows of tables are born with."""
-  return jax.random.fold_in(jax.random.key(trainer.config.train.seed), 1)
+  return jax.random.fold_in(jax.random.key(seed), 1)
 
 
 def parts(params: dict[str, Any], layout: TableLayout) -> list[str]:
@@ -195,10 +199,12 @@ def parameter_counts(trainer: Trainer, state: TrainState) -> dict[str, int]:
 def _abstract_ranker(config_json: str, features: FeatureSet) -> tuple[nnx.GraphDef, nnx.State]:
   config = config_lib.Config.from_json(json.loads(config_json))
   layout = layout_tables(features, config.embedding)
-  return nnx.split(nnx.eval_shape(lambda: _ranker(config, features, layout)))
+  return nnx.split(nnx.eval_shape(lambda: _ranker(config, features, layout, config.train.seed)))
 
 
-def _ranker(config: config_lib.Config, features: FeatureSet, layout: TableLayout) -> Ranker:
+def _ranker(
+  config: config_lib.Config, features: FeatureSet, layout: TableLayout, seed: jax.Array | int
+) -> Ranker:
   wide = [p.units for p in (*layout.sparse, *layout.sequence) if not p.small]
   histories = []
   for history in features.history:
@@ -214,7 +220,7 @@ def _ranker(config: config_lib.Config, features: FeatureSet, layout: TableLayout
     tasks=len(features.tasks),
     histories=tuple(histories),
     domains=0 if column is None else features.sparse[column].size,
-    rngs=nnx.Rngs(config.train.seed),
+    rngs=nnx.Rngs(jax.random.key(seed)),
   )
 
 

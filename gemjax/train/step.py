@@ -63,10 +63,10 @@ def train_step(
   on_device = _on_devices(
     trainer,
     functools.partial(_device_step, trainer),
-    (REPLICATED, specs.params, specs.stacks, BATCH, BATCH, BATCH),
+    (REPLICATED, REPLICATED, specs.params, specs.stacks, BATCH, BATCH, BATCH),
     result,
   )
-  done = on_device(state.step, state.params, state.stacks, plans, batch, upcoming)
+  done = on_device(state.step, state.seed, state.params, state.stacks, plans, batch, upcoming)
   updates, opt_state = trainer.optimizer.update(done.grads, state.opt_state, state.params)
   bad_step = {
     part: jnp.where(jnp.isfinite(done.finite[part]), first, jnp.minimum(first, state.step))
@@ -74,6 +74,7 @@ def train_step(
   }
   new_state = TrainState(
     step=state.step + 1,
+    seed=state.seed,
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
     stacks=done.stacks,
@@ -102,7 +103,7 @@ def predict_step(trainer: Trainer, state: TrainState, batch: Batch) -> jax.Array
 def average_step(trainer: Trainer, state: TrainState) -> TrainState:
   """Makes the tables of the `data` groups equal, where each updates its own. Donate the state."""
   # Another stream than that of the steps, which fold small numbers.
-  key = jax.random.fold_in(jax.random.key(trainer.config.train.seed), 2**32 - 1)
+  key = jax.random.fold_in(jax.random.key(state.seed), 2**32 - 1)
   specs = trainer.specs.stacks
   average = _on_devices(trainer, trainer.tables.average, (specs, REPLICATED), specs)
   return state._replace(stacks=average(state.stacks, jax.random.fold_in(key, state.step)))
@@ -118,10 +119,10 @@ def bucket_step(trainer: Trainer, batch: Batch) -> dict[str, jax.Array]:
   return _on_devices(trainer, largest, (BATCH,), REPLICATED)(batch)
 
 
-def _device_step(trainer: Trainer, step, params, stacks, plans, batch, upcoming) -> _Result:
+def _device_step(trainer: Trainer, step, seed, params, stacks, plans, batch, upcoming) -> _Result:
   config, tables = trainer.config, trainer.tables
   # A key of (seed, step): a resumed run draws what the unbroken one would have drawn.
-  key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+  key = jax.random.fold_in(jax.random.key(seed), step)
   examples = len(batch.weight_B)
   key_B = example_keys(jax.random.fold_in(key, 0), jax.lax.axis_index(ALL) * examples, examples)
   task_weight_T = jnp.array([config.train.task_weights.get(t, 1.0) for t in trainer.features.tasks])

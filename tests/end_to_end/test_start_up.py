@@ -94,13 +94,27 @@ def test_what_was_compiled_ahead_is_all_that_training_needs(config, tmp_path, mo
 def test_another_config_is_told_why_it_compiles(run, config, tmp_path, capsys):
   workdir, _ = run
   config.compilation.cache = str(workdir / COMPILED)
-  config.train.seed = 1
+  rate = config.embedding.learning_rate
+  config.embedding.learning_rate = 2 * rate
   other = train(config, tmp_path / "other")
-  sentence = "step is compiled anew: config.train.seed was 0 and is now 1"
+  sentence = (
+    f"step is compiled anew: config.embedding.learning_rate was {rate} and is now {2 * rate}"
+  )
   assert capsys.readouterr().out.count(sentence) == 1
   config.compilation.cache = "off"
   assert results(train(config, tmp_path / "off")) == results(other)
   assert not (tmp_path / "off" / COMPILED).exists() and not (tmp_path / "other" / COMPILED).exists()
+
+
+def test_another_seed_is_another_run_of_the_same_programs(run, config, tmp_path, monkeypatch):
+  workdir, summary = run
+  config.train.seed = 1
+  config.compilation.cache = "off"
+  compiled = train(config, tmp_path / "compiled")
+  assert results(compiled) != results(summary)
+  config.compilation.cache = str(workdir / COMPILED)
+  monkeypatch.setattr(Executables, "compile", never)
+  assert results(train(config, tmp_path / "loaded")) == results(compiled)
 
 
 def test_another_source_makes_other_programs(run, config, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def step_of(t):
 def test_a_step_equals_dense_training_of_whole_tables():
   """Gradients by autodiff through full tables, plain SGD on them, Adam on the rest."""
   t = trainer("sgd", weight_decay=0.2)
-  state = init_state(t)
+  state = init_state(t, 0)
   params, opt_state = state.params, state.opt_state
   tables = {w: s.rows_RW for w, s in state.stacks.items()}
   step = jax.jit(step_of(t))
@@ -105,7 +105,7 @@ def test_a_step_equals_dense_training_of_whole_tables():
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "lazy_adam", "sgd"])
 def test_training_fits_a_batch(optimizer):
   t = trainer(optimizer, learning_rate=0.02)
-  state, b = init_state(t), batch()
+  state, b = init_state(t, 0), batch()
   step = jax.jit(step_of(t), donate_argnums=0)
   losses = []
   for _ in range(300):
@@ -116,7 +116,7 @@ def test_training_fits_a_batch(optimizer):
 
 def test_the_order_of_examples_does_not_matter():
   t, b = trainer(), batch()
-  state = init_state(t)
+  state = init_state(t, 0)
   order = np.random.default_rng(0).permutation(B)
   starts = np.concatenate([[0], np.cumsum(b.sequences["h"].lengths_B)])
   events = [b.sequences["h"].values_E[starts[i] : starts[i + 1]] for i in order]
@@ -132,7 +132,7 @@ def test_the_order_of_examples_does_not_matter():
 
 def test_padding_rows_change_nothing():
   t, b = trainer(), batch()
-  state = init_state(t)
+  state = init_state(t, 0)
   padded = b._replace(weight_B=np.concatenate([np.ones(8), np.zeros(8)]).astype(np.float32))
   poisoned = padded._replace(label_BT=np.where(np.arange(B)[:, None] < 8, b.label_BT, 1.0))
   step = jax.jit(step_of(t))
@@ -146,7 +146,7 @@ def test_padding_rows_change_nothing():
 def test_the_compiled_step_has_no_temporary_of_a_tables_size(optimizer, decay):
   rows = 1_000_003
   t = trainer(optimizer, rows, weight_decay=decay)
-  state = jax.eval_shape(functools.partial(init_state, t))
+  state = jax.eval_shape(functools.partial(init_state, t, 0))
   step = jax.jit(step_of(t), donate_argnums=0)
   memory = step.lower(state, batch(rows=rows)).compile().memory_analysis()
   stacks = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.stacks))
@@ -156,7 +156,7 @@ def test_the_compiled_step_has_no_temporary_of_a_tables_size(optimizer, decay):
 
 def test_the_first_part_that_is_not_finite_is_remembered():
   t = trainer()
-  state = init_state(t)
+  state = init_state(t, 0)
   step = jax.jit(step_of(t))
   state, _ = step(state, batch())
   assert all(int(s) == NEVER for s in state.bad_step.values())
