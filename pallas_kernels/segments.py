@@ -6,6 +6,8 @@ does not follow the events. They may hold anything, NaN too. Letters: S segments
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -26,6 +28,14 @@ def segment_of_rows(offsets_S1: jax.Array, rows: int) -> jax.Array:
   """
   ends_T = jnp.zeros((rows,), jnp.int32).at[offsets_S1].add(1, mode="drop")
   return jnp.cumsum(ends_T, dtype=jnp.int32) - 1
+
+
+def bisect(rising_N: jax.Array, x_M: jax.Array, side: str) -> jax.Array:
+  """(M,) int32: jnp.searchsorted; on a GPU one kernel or few instead of a loop of several."""
+  search = functools.partial(jnp.searchsorted, side=side)
+  unrolled = functools.partial(search, method="scan_unrolled")
+  found_M = jax.lax.platform_dependent(rising_N, x_M, cuda=unrolled, default=search)
+  return found_M.astype(jnp.int32)
 
 
 def lengths(offsets_S1: jax.Array) -> jax.Array:

@@ -111,8 +111,12 @@ sum_runs.defvjp(_sum_runs_forward, _sum_runs_backward)
 
 def by_scan(x_NW: jax.Array, segment_N: jax.Array, *, count: int) -> jax.Array:
   """`sum_runs` as a scan, of which the last of every segment is kept."""
-  last_U = jnp.searchsorted(segment_N, jnp.arange(count), side="right").astype(jnp.int32) - 1
-  found_U = segment_N.at[last_U].get(mode="clip") == jnp.arange(count)
+  ends_N = jnp.append(segment_N[1:] != segment_N[:-1], True)
+  last_U = jnp.full((count,), -1, jnp.int32)
+  last_U = last_U.at[jnp.where(ends_N, segment_N, count)].set(
+    jnp.arange(len(segment_N), dtype=jnp.int32), mode="drop"
+  )
+  found_U = last_U >= 0
   total_UW = _scan(x_NW, segment_N).at[last_U].get(mode="clip", indices_are_sorted=True)
   return jnp.where(found_U[:, None], total_UW, 0)
 

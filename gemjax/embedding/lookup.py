@@ -16,6 +16,7 @@ from einops import rearrange
 from gemjax.embedding.duplicates import sum_runs
 from gemjax.embedding.tables import StackLayout, TableLayout
 from gemjax.features import Batch
+from pallas_kernels.segments import segment_of_rows
 
 Rows = dict[str, jax.Array]  # Stack name -> (M, W)
 
@@ -120,7 +121,7 @@ def mean_pool(rows_EW: jax.Array, lengths_B: jax.Array) -> jax.Array:
   """(B, W): the mean of each example's values, zeros where it has none."""
   batch_size = len(lengths_B)
   # Slots beyond the last example fall into segment B, which is cut off.
-  ends_B = jnp.cumsum(lengths_B)
-  segment_E = jnp.searchsorted(ends_B, jnp.arange(len(rows_EW)), side="right").astype(jnp.int32)
+  offsets_B1 = jnp.pad(jnp.cumsum(lengths_B), (1, 0))
+  segment_E = segment_of_rows(offsets_B1, len(rows_EW))
   sum_BW = sum_runs(rows_EW, segment_E, batch_size + 1)[:-1]
   return sum_BW / jnp.maximum(lengths_B, 1)[:, None]

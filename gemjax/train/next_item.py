@@ -32,6 +32,7 @@ from gemjax.models.next_item import NextItemTower
 from gemjax.train.cache import Cache
 from gemjax.train.optimizer import dense_optimizer
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, WorkdirError, write_json
+from pallas_kernels.segments import segment_of_rows
 
 # Items at the end of every user that training, and the question asked of it, must not read.
 _HELD_OUT = {"test": 0, "valid": 1}
@@ -116,7 +117,7 @@ class Trainer:
     x_ED = tower(batch.item_E, batch.age_E, batch.offsets_B1)
     newest_B = jnp.maximum(batch.offsets_B1[1:] - 1, 0)
     score_BV = tower.score(x_ED[newest_B])
-    user_E = jnp.searchsorted(batch.offsets_B1[1:], jnp.arange(len(batch.item_E)), side="right")
+    user_E = segment_of_rows(batch.offsets_B1, len(batch.item_E))
     score_BV = score_BV.at[user_E, batch.item_E].set(-jnp.inf, mode="drop")  # Room: no user.
     return ranks(score_BV, jnp.maximum(batch.next_E[newest_B], 0))
 

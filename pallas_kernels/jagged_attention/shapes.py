@@ -35,6 +35,7 @@ COMPILED = {
     *((w, "bf16", "bfloat16", a, False) for w in (64, 128) for a in ("gelu", "relu2")),
     *((w, "fp16", "float16", "softmax", False) for w in (64, 128)),
     *((w, "f32", "float32", "silu", False) for w in (32, 64, 128, 256)),
+    *((w, "f32", "float32", "softmax", True) for w in (8, 16)),  # As small models have it.
     (96, "bf16", "bfloat16", "softmax", False),
     (80, "bf16", "bfloat16", "silu", False),
   )

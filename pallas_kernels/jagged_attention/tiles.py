@@ -90,15 +90,15 @@ def key_tiles(
   sees_T = lo_T < hi_T
   reached_T = jax.lax.cummax(jnp.where(sees_T, hi_T, 0))
   needed_T = jax.lax.cummin(jnp.where(sees_T, lo_T, keys), reverse=True)
-  first_N = jnp.searchsorted(reached_T, start_N, side="right").astype(jnp.int32)
-  last_N = jnp.searchsorted(needed_T, stop_N, side="left").astype(jnp.int32)
+  first_N = segments.bisect(reached_T, start_N, "right")
+  last_N = segments.bisect(needed_T, stop_N, "left")
   last_N = jnp.where(start_N < stop_N, last_N, 0)
   # Rows behind the last that sees anything lie behind the inner stretch in any case.
   behind_T = jnp.cumsum(sees_T[::-1])[::-1] == 0
   least_T = jax.lax.cummin(jnp.where(behind_T, keys, hi_T), reverse=True)
   greatest_T = jax.lax.cummax(jnp.where(behind_T, keys, lo_T))
-  inner_first_N = jnp.searchsorted(least_T, stop_N, side="left").astype(jnp.int32)
-  inner_last_N = jnp.searchsorted(greatest_T, start_N, side="right").astype(jnp.int32)
+  inner_first_N = segments.bisect(least_T, stop_N, "left")
+  inner_last_N = segments.bisect(greatest_T, start_N, "right")
   return _by_cost(start_N, stop_N, first_N, last_N, inner_first_N, inner_last_N)
 
 

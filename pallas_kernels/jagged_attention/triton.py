@@ -35,7 +35,7 @@ from pallas_kernels.jagged_attention.triton_rows import (
   split,
 )
 
-WIDTHS = (16, 256)  # Tensor cores take no less than 16; registers hold no more than 256.
+WIDTHS = (1, 256)  # Below 16, as tensor cores want, tiles are padded; registers hold no more.
 MOST_BUCKETS = 512
 _WHOLE = pl.no_block_spec
 _HOPPER = {  # (width, direction, biased), of bf16 and fp16.

@@ -96,7 +96,7 @@ def test_no_segments_and_no_rows(implementation):
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 @pytest.mark.parametrize("implementation", ("xla", "triton"))
-@pytest.mark.parametrize("width", (40, 64))
+@pytest.mark.parametrize("width", (8, 40, 64))
 def test_half_precision_and_widths(implementation, dtype, width):
   shape = {"name": "empty_among", "dtype": dtype, "width": width}
   found = run(implementation, "softmax", case_of(**shape))
