@@ -13,7 +13,7 @@ import time
 import numpy as np
 from benchmarks import pytorch_wukong as peer
 from benchmarks.own_process import OwnProcess
-from benchmarks.train_step import per_field, random_batch, torch_weights, wukong
+from benchmarks.wukong_step import per_field, random_batch, torch_weights, wukong
 from tqdm import tqdm
 
 STEPS, WARM = 5, 2
