@@ -10,8 +10,8 @@ The config is of launch/next_item.py and must say what the .gin file says:
   always     own_ids = True, tower.cell = "public_hstu", tower.score = "cosine"
 
 dqk and dv must be dim / heads, linear_dropout_rate dropout_rate, user_embedding_norm "l2_norm",
-item_l2_norm True and interaction_module_type "DotProduct", as in all its configs but for the last
-of MoL. The data must have its ids. Its softmax draws negatives for every event and with
+item_l2_norm True and interaction_module_type "DotProduct", as in all its configs of HSTU. The data
+must have its ids. Its softmax draws negatives for every event and with
 repetition, so that training goes on with another loss than there; what a model says is the same.
 Source: generative_recommenders/research of facebookresearch/generative-recommenders.
 """
@@ -66,7 +66,6 @@ def without_mask(tensors: Tensors, config: NextItem, what: str) -> Tensors:
   if len(fronts) != 1:
     raise ConvertError(f"{what} has {len(fronts)} tensors named ..{ITEMS}, but must have one")
   named = {n.removeprefix(fronts[0]): t for n, t in tensors.items() if n.startswith(fronts[0])}
-  named = {n: t for n, t in named.items() if not n.startswith("optimizer_state_dict.")}
   mask = named.pop(MASK, None)
   if mask is not None and not np.array_equal(mask.whole(), _mask(config)):
     raise ConvertError(

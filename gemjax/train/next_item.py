@@ -118,7 +118,7 @@ class Trainer:
 
     def loss_of(params):
       tower = nnx.merge(self.graph, params)
-      x_ED = self._queries(tower, batch, key_B)
+      x_ED = self.queries(tower, batch, key_B)
       return next_item_loss(tower, x_ED, batch.next_E, negative_N, self.known_V)
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
@@ -126,13 +126,14 @@ class Trainer:
     return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss
 
   @staticmethod
-  def _queries(tower: NextItemTower, batch: Batch, key_B: Key = None) -> jax.Array:
+  def queries(tower: NextItemTower, batch: Batch, key_B: Key = None) -> jax.Array:
+    """x_ED of every event; dropout where there are keys."""
     return tower(batch.item_E, batch.age_E, batch.offsets_B1, key_B, next_age_E=batch.next_age_E)
 
   def _ranks(self, params, batch: Batch) -> jax.Array:
     """rank_B of the item after each user's newest event."""
     tower = nnx.merge(self.graph, params)
-    x_ED = self._queries(tower, batch)
+    x_ED = self.queries(tower, batch)
     newest_B = jnp.maximum(batch.offsets_B1[1:] - 1, 0)
     score_BV = _of_known(tower.score(x_ED[newest_B]), self.known_V)
     user_E = jnp.searchsorted(batch.offsets_B1[1:], jnp.arange(len(batch.item_E)), side="right")

@@ -111,7 +111,7 @@ def test_its_scores_here_and_its_bits_on_the_way_back(model, file, histories, fo
   tower = nnx.merge(trainer.graph, params)
   asked = Sequences(events, LENGTH, 0, USERS)
   batch = asked.pack(np.arange(USERS))
-  queries = trainer._queries(tower, batch)
+  queries = trainer.queries(tower, batch)
   scores = tower.score(queries) * config.tower.temperature
   want_queries, want_cosines = theirs(model, histories)
   assert np.std(want_cosines.numpy()) > 0.1
