@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -36,16 +37,20 @@ def run(
   app.run(lambda argv: _guarded(main, argv, takes_command), flags_parser=_parse)
 
 
-def experiment(holder: flags.FlagHolder) -> Config:
-  """The config of the flag --config, validated; raises ConfigError where it is none."""
+def experiment(holder: flags.FlagHolder, *kinds: type) -> Any:
+  """The config of the flag --config, validated; raises ConfigError where it is none of `kinds`, by
+  default a Config.
+  """
+  kinds = kinds or (Config,)
   flag = flags.FLAGS["config"]
   file = config_flags.get_config_filename(flag) if flag.present else ""
   if not file:
     raise ConfigError("--config is missing; name a file of configs/, as configs/wukong_demo.py")
   if not pathlib.Path(file.split(":")[0]).is_file():
     raise ConfigError(f"--config={file} is no file; name one of configs/")
-  if not isinstance(holder.value, Config):
-    raise ConfigError(f"get_config of {file} must return a gemjax Config, not {holder.value!r}")
+  if not isinstance(holder.value, kinds):
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise ConfigError(f"get_config of {file} must return a gemjax {names}, not {holder.value!r}")
   holder.value.validate()
   return holder.value
 

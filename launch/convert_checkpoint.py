@@ -13,6 +13,9 @@ import cli
 from absl import flags
 from ml_collections import config_flags
 
+from gemjax.config import Config
+from gemjax.config.next_item import NextItem
+
 _FROM = flags.DEFINE_string("from", None, "Format of the input: gemjax, fuxictr, ..")
 _TO = flags.DEFINE_string("to", None, "Format of the output.")
 _INPUT = flags.DEFINE_string("input", None, "Folder of a run, or a file.")
@@ -27,7 +30,8 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Read the output again and compare 
 
 
 def main():
-  config = cli.experiment(_CONFIG) if flags.FLAGS["config"].present else None
+  kinds = Config, NextItem
+  config = cli.experiment(_CONFIG, *kinds) if flags.FLAGS["config"].present else None
   os.environ["JAX_PLATFORMS"] = "cpu"  # A conversion needs no device but the host.
   from gemjax.convert import FORMATS, ConvertError, convert  # Seconds of imports.
 

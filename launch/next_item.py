@@ -16,16 +16,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints
 
 def main():
   from gemjax.config.next_item import NextItem
-  from gemjax.fields import ConfigError
   from gemjax.train.workdir import WorkdirError
 
-  if not isinstance(_CONFIG.value, NextItem):
-    raise ConfigError("--config must name a NextItem, as configs/next_item_movielens.py")
+  config = cli.experiment(_CONFIG, NextItem)
   if not _WORKDIR.value:
     raise WorkdirError("--workdir is missing; name the folder of this run")
   from gemjax.train.next_item import train_next_item  # Seconds of imports.
 
-  print(json.dumps(train_next_item(_CONFIG.value, _WORKDIR.value), indent=1))
+  print(json.dumps(train_next_item(config, _WORKDIR.value), indent=1))
 
 
 if __name__ == "__main__":

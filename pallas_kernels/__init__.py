@@ -17,6 +17,8 @@ from pallas_kernels.embedding_bag.api import embedding_bag_gradients as embeddin
 from pallas_kernels.fm_interaction.api import fm_interaction as fm_interaction
 from pallas_kernels.jagged_attention.api import jagged_attention as jagged_attention
 from pallas_kernels.jagged_attention.bias import Buckets as Buckets
+from pallas_kernels.jagged_attention.bias import LinearBuckets as LinearBuckets
+from pallas_kernels.jagged_attention.bias import LogBuckets as LogBuckets
 from pallas_kernels.jagged_attention.bias import RelativeBias as RelativeBias
 from pallas_kernels.jagged_concat.api import jagged_concat as jagged_concat
 from pallas_kernels.jagged_dense.api import dense_to_jagged as dense_to_jagged

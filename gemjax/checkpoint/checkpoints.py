@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 
 from gemjax.checkpoint.agreement import texts_of_all
 from gemjax.checkpoint.checked import CheckedJson, CheckedState, CorruptError, check_digest
+from gemjax.checkpoint.replicas import completed, divided
 from gemjax.checkpoint.shards import ShapeError, read_shards
 
 # An array is stored in pieces of at most so much, so that a reader need not hold all of it twice.
@@ -34,6 +35,8 @@ PIECE_BYTES = 2**25
 TEMPORARY = ".orbax-checkpoint-tmp"  # In the name of a folder that is being written.
 REMOVED = ".removed"  # At the end of the name of one that is no longer kept.
 CORRUPT = ".corrupt"  # At the end of the name of one that was passed over.
+
+_UNREAD = "unread: "  # In front of what a process says who could not read a sound checkpoint.
 
 
 class CheckpointError(RuntimeError):
@@ -199,25 +202,28 @@ class Checkpoints:
 
   def _read(self, step: int, like: Any) -> tuple[Any, str]:
     """(state, what is wrong with the checkpoint), the latter alike on all processes; each of them
-    checks its part of all files while it reads its shards: the disk is asked once.
+    checks its part of all files while it reads its part of its shards: the disk is asked once.
     """
     folder, state, failure = self._folder(step), None, None
     with ThreadPoolExecutor(1) as pool:
       checked = pool.submit(_harm, folder, jax.process_index(), jax.process_count())
       try:
-        state = read_shards(folder / "state", like)
+        state = read_shards(folder / "state", divided(like))
       except Exception as error:
         failure = error  # Of what is no longer as it was written, or of another run.
-      harm = next(filter(None, texts_of_all(checked.result())), "")
-    if isinstance(failure, ShapeError) and not harm:
+      said = texts_of_all(checked.result() or (f"{_UNREAD}{_brief(failure)}" if failure else ""))
+    if harm := next((text for text in said if text and not text.startswith(_UNREAD)), ""):
+      return None, harm
+    if isinstance(failure, ShapeError):
       raise CheckpointError(
         f"{_brief(failure)}; the checkpoint is of another shape than this run, name another folder"
       ) from failure
-    if failure and not harm:
+    if unread := next(filter(None, said), ""):
       raise CheckpointError(
-        f"{folder} is sound but could not be read ({_brief(failure)}); the same command tries again"
+        f"{folder} is sound but could not be read ({unread.removeprefix(_UNREAD)}); the same "
+        "command tries again"
       ) from failure
-    return state, harm
+    return completed(state, like), ""
 
   def _set_aside(self, step: int, harm: str, sound: int) -> str:
     """Frees the name of a corrupt checkpoint, which would count as the latest, and says so."""

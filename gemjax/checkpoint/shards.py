@@ -2,11 +2,13 @@
 
 Each process reads the rows that its devices hold, in pieces and side by side. Host memory holds the
 arrays on their way to the devices, WINDOW bytes or one shard of the largest, and a piece a thread.
+On a CPU they are the devices' own: only a program that they are donated to copies them.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import os
 import pathlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +20,7 @@ import tensorstore as ts
 
 THREADS = max(4, min(16, os.cpu_count() or 1))
 WINDOW = 1 << 28  # Bytes.
+ALIGNED = 64  # Bytes; XLA copies what lies otherwise.
 
 Index = tuple[tuple[int, int], ...]  # Start and stop on every axis.
 
@@ -98,7 +101,7 @@ def _open(folder: pathlib.Path, names: list[str], context: ts.Context) -> list[t
 def _begin(pool, place: int, leaf: Any, store: ts.TensorStore, context: ts.Context) -> _Pending:
   """Starts to read what the devices of this process hold of an array, each part of it once."""
   indices = set(_indices(leaf).values())
-  parts = {i: np.empty([b - a for a, b in i], leaf.dtype) for i in indices}
+  parts = {i: _aligned([b - a for a, b in i], leaf.dtype) for i in indices}
   rows = (store.chunk_layout.read_chunk.shape or (1,))[0]
   futures = []
 
@@ -119,8 +122,21 @@ def _begin(pool, place: int, leaf: Any, store: ts.TensorStore, context: ts.Conte
 
 
 def _placed(leaf: Any, parts: dict[Index, np.ndarray]) -> jax.Array:
-  held = [jax.device_put(parts[index], device) for device, index in _indices(leaf).items()]
+  indices = _indices(leaf)
+  # Devices that hold the same do not share it.
+  first = {index: device for device, index in reversed(indices.items())}
+  held = [
+    jax.device_put(parts[index], device, may_alias=first[index] == device)
+    for device, index in indices.items()
+  ]
   return jax.make_array_from_single_device_arrays(leaf.shape, _sharding(leaf), held)
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  memory = np.empty(size + ALIGNED, np.uint8)
+  start = -memory.ctypes.data % ALIGNED
+  return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _indices(leaf: Any) -> dict[jax.Device, Index]:

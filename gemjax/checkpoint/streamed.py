@@ -69,6 +69,10 @@ class StoredArrays:
       out[a - start : b - start] = store[a:b].read().result()
     return out
 
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Of an array by its path; raises as `read`."""
+    return self._open(name).shape
+
   def _open(self, name: str) -> ts.TensorStore:
     kvstore = {"driver": "ocdbt", "base": f"file://{self._folder}/", "path": f"{name}/"}
     try:

@@ -6,11 +6,19 @@ import contextlib
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from gemjax import config as config_lib
+from gemjax.config.next_item import NextItem
 from gemjax.convert.fitting import Fitted, fit, table
-from gemjax.convert.peers import PEERS, as_peer, read_peer, read_tensors, write_peer
+from gemjax.convert.next_item_run import (
+  as_public_hstu,
+  read_next_item,
+  read_public_hstu,
+  write_next_item,
+)
+from gemjax.convert.peers import PEERS, as_peer, read_peer, read_tensors, write_tensors
 from gemjax.convert.run_folder import (
   Run,
   open_run,
@@ -24,9 +32,18 @@ from gemjax.convert.training_state import fresh, settled
 from gemjax.convert.vocabulary_rows import row_maps
 from gemjax.train.workdir import DATA
 
-GEMJAX, SAFETENSORS = "gemjax", "safetensors"
-FORMATS = (GEMJAX, SAFETENSORS, *PEERS)
+GEMJAX, SAFETENSORS, HSTU = "gemjax", "safetensors", "hstu"
+FORMATS = (GEMJAX, SAFETENSORS, *PEERS, HSTU)
 FLOATS = ("float32", "bfloat16", "float16")
+
+
+class _Job(NamedTuple):
+  """What comes out of a conversion."""
+
+  fitted: dict[str, Fitted]
+  left: list[str]  # Names of what the output has no place for.
+  write: Callable[[pathlib.Path, Tensors], None]
+  read: Callable[[pathlib.Path], Tensors]
 
 
 def convert(
@@ -35,7 +52,7 @@ def convert(
   target: str,
   input: pathlib.Path,
   output: pathlib.Path,
-  config: config_lib.Config | None = None,
+  config: config_lib.Config | NextItem | None = None,
   step: int | None = None,
   dtype: str = "",
   dry_run: bool = False,
@@ -48,15 +65,16 @@ def convert(
     target: Format of the output.
     input: Run's folder or file.
     output: Run's folder or file, which must not exist.
-    config: Of the run that comes out, by default that of the input; a peer's file needs one.
+    config: Of the run that comes out, by default that of the input; a peer's file needs one, that
+      of `hstu` a NextItem.
     step: Checkpoint of a run's folder, by default the best.
     dtype: Of the floats in a file, one of FLOATS; by default as they are.
     dry_run: Writes nothing.
     verify: Reads the output again and compares every tensor to the bit.
 
   Raises:
-    ConvertError, ConfigError, WorkdirError, CheckpointError, PreparedDataError, OSError: nothing
-      is left behind.
+    ConvertError, ConfigError, WorkdirError, CheckpointError, PreparedDataError, RawDataError,
+      OSError: nothing is left behind.
   """
   if output.exists():
     raise ConvertError(f"{output} exists; name another --output, or remove it")
@@ -64,12 +82,8 @@ def convert(
     raise ConvertError(f"{input} does not exist; name a checkpoint by --input")
   if dtype and target == GEMJAX:
     raise ConvertError("--dtype is of files; a run's tables have config.embedding.dtype")
-  run = _read(source, input, config, step)
-  if target in PEERS:
-    theirs, left = as_peer(target, run)
-    fitted = {name: Fitted(tensor, "copied") for name, tensor in theirs.items()}
-  else:
-    run, fitted, left = _fitted(run, config if source not in PEERS else None, input)
+  job = _hstu_job if HSTU in (source, target) else _job
+  fitted, left, write, read = job(source, target, input, config, step)
   if dtype:
     fitted = {name: _cast(f, dtype) for name, f in fitted.items()}
   lines = table(fitted, left)
@@ -77,15 +91,57 @@ def convert(
     return lines
   tensors = {name: f.tensor for name, f in fitted.items()}
   with _whole(output) as partial:
-    if target == GEMJAX:
-      write_workdir(partial, run._replace(tensors=tensors))
-    elif target == SAFETENSORS:
-      write_file(partial, run._replace(tensors=tensors))
-    else:
-      write_peer(target, partial, tensors)
+    write(partial, tensors)
     if verify:
-      lines.append(_verified(tensors, _read_back(target, partial), output))
+      lines.append(_verified(tensors, read(partial), output))
   return lines
+
+
+def _job(
+  source: str,
+  target: str,
+  input: pathlib.Path,
+  config: config_lib.Config | None,
+  step: int | None,
+) -> _Job:
+  if isinstance(config, NextItem):
+    raise ConvertError(f"a NextItem describes {HSTU} alone; name a config of launch/train.py")
+  run = _read(source, input, config, step)
+  if target in PEERS:
+    theirs, left = as_peer(target, run)
+    write = lambda path, tensors: write_tensors(path, tensors, PEERS[target].tree)
+    return _Job(_copied(theirs), left, write, read_tensors)
+  run, fitted, left = _fitted(run, config if source not in PEERS else None, input)
+  replaced = lambda tensors: run._replace(tensors=tensors)
+  if target == GEMJAX:
+    write = lambda path, tensors: write_workdir(path, replaced(tensors))
+    return _Job(fitted, left, write, lambda path: read_workdir(path, None).tensors)
+  write = lambda path, tensors: write_file(path, replaced(tensors))
+  return _Job(fitted, left, write, lambda path: read_file(path).tensors)
+
+
+def _hstu_job(
+  source: str, target: str, input: pathlib.Path, config: NextItem | None, step: int | None
+) -> _Job:
+  """Between generative-recommenders and a run of launch/next_item.py."""
+  if {source, target} != {HSTU, GEMJAX}:
+    raise ConvertError(f"{HSTU} is converted to {GEMJAX} and from it alone")
+  if target == HSTU:
+    if config is not None:
+      raise ConvertError(f"--to={HSTU} takes no --config: it is that of the run")
+    theirs = as_public_hstu(read_next_item(input, step))
+    return _Job(_copied(theirs), ["what the optimiser accumulated"], write_tensors, read_tensors)
+  if step is not None:
+    raise ConvertError("--checkpoint names a checkpoint of a run's folder (--from=gemjax)")
+  if not isinstance(config, NextItem):
+    raise ConvertError(f"--from={HSTU} needs --config, a NextItem that describes {input}")
+  run = read_public_hstu(read_tensors(input), config, str(input))
+  write = lambda path, tensors: write_next_item(path, run._replace(tensors=tensors))
+  return _Job(_copied(run.tensors), [], write, lambda path: read_next_item(path, None).tensors)
+
+
+def _copied(tensors: Tensors) -> dict[str, Fitted]:
+  return {name: Fitted(tensor, "copied") for name, tensor in tensors.items()}
 
 
 def _read(
@@ -132,12 +188,6 @@ def _cast(fitted: Fitted, dtype: str) -> Fitted:
   if old.name not in FLOATS or old == new:
     return fitted
   return Fitted(cast(fitted.tensor, new), f"{fitted.action}, {old} cast")
-
-
-def _read_back(target: str, path: pathlib.Path) -> Tensors:
-  if target == GEMJAX:
-    return read_workdir(path, None).tensors
-  return read_file(path).tensors if target == SAFETENSORS else read_tensors(path)
 
 
 def _verified(wanted: Tensors, found: Tensors, output: pathlib.Path) -> str:

@@ -75,12 +75,14 @@ def as_peer(name: str, run: Run) -> tuple[Tensors, list[str]]:
   return theirs, [n for n in ours if n not in used]
 
 
-def write_peer(name: str, path: pathlib.Path, theirs: Tensors) -> None:
-  """A file of safetensors where `path` ends so, otherwise of `torch.save`."""
+def write_tensors(
+  path: pathlib.Path, theirs: Tensors, tree: Callable[[Tensors], Tree] = dict
+) -> None:
+  """A file of safetensors where `path` ends so, otherwise what `torch.save` writes of the tree."""
   if path.suffix == ".safetensors":
     write_safetensors(path, theirs, {})
   else:
-    write_torch(path, PEERS[name].tree(theirs))
+    write_torch(path, tree(theirs))
 
 
 def read_tensors(path: pathlib.Path) -> Tensors:

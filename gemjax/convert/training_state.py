@@ -146,7 +146,7 @@ def fresh(trainer: Trainer) -> Tensors:
   """The tensors as a run is born with them: dense ones all computed together, rows as needed."""
   seed = trainer.config.train.seed
   params = functools.cache(
-    lambda: _named(jax.device_get(jax.jit(lambda: init_state(trainer, seed).params)()))
+    lambda: named(jax.device_get(jax.jit(lambda: init_state(trainer, seed).params)()))
   )
   born = jax.jit(trainer.tables.born, static_argnums=1)
 
@@ -194,10 +194,11 @@ def settled(trainer: Trainer, tensors: Tensors) -> Tensors:
 
 
 def _leaves(trainer: Trainer) -> dict[str, Any]:
-  return _named(trainer.abstract())
+  return named(trainer.abstract())
 
 
-def _named(state: Any) -> dict[str, Any]:
+def named(state: Any) -> dict[str, Any]:
+  """The leaves of a tree by their paths, joined by dots, as Orbax names them."""
   text = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))))
   flat = jax.tree_util.tree_leaves_with_path(state)
   return {".".join(map(text, path)): leaf for path, leaf in flat}
@@ -208,7 +209,7 @@ def _scanned(trainer: Trainer) -> set[str]:
   ranker = nnx.merge(trainer.graph, trainer.abstract().params)
   names = lambda param: ",".join(param.get_metadata().get("axes", ()))
   axes = nnx.to_pure_dict(nnx.state(ranker, nnx.Param), extract_fn=names)
-  return {path for path, found in _named(axes).items() if found.startswith("layer")}
+  return {path for path, found in named(axes).items() if found.startswith("layer")}
 
 
 def _moment(leaf: str) -> tuple[str, str] | None:

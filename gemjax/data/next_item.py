@@ -31,9 +31,10 @@ _LAYOUTS = (
   ("u.data", "\t", "user item rating time", "user item time"),
 )
 _SLOTS = 128  # The room for events is a multiple of it.
+_AGES = 2**30 - 1  # Seconds, 34 years: the difference of two is an int32, too.
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Events:
   """All events, user after user, each user's in order of time."""
 
@@ -42,6 +43,11 @@ class Events:
   offsets_U1: np.ndarray  # int64: user u has the events [offsets[u], offsets[u + 1]).
   items: int
 
+  @functools.cached_property
+  def known_V(self) -> np.ndarray:
+    """int32: the items that have an event, ascending."""
+    return np.unique(self.item_N)
+
 
 class Batch(NamedTuple):
   """Packed sequences; a user without events fills up the last batches."""
@@ -49,11 +55,14 @@ class Batch(NamedTuple):
   item_E: np.ndarray  # int32
   next_E: np.ndarray  # int32, the user's next item; -1 in slots of no user.
   age_E: np.ndarray  # int32, seconds before the user's newest event here, from 1.
+  next_age_E: np.ndarray  # int32, that of the next event.
   offsets_B1: np.ndarray  # int32
 
 
-def read_events(path: pathlib.Path) -> Events:
+def read_events(path: pathlib.Path, *, own_ids: bool = False) -> Events:
   """Every event of MovieLens, rated or not, in any of its layouts; equal times in file order.
+
+  With `own_ids` items keep their numbers, otherwise those that have an event are numbered anew.
 
   Raises:
     RawDataError: the folder holds no MovieLens, or a line of it is broken.
@@ -74,9 +83,15 @@ def read_events(path: pathlib.Path) -> Events:
   user_N, item_N, time_N = np.concatenate(parts, axis=1).astype(np.int64)
   order_N = np.lexsort((time_N, user_N))  # Stable.
   _, count_U = np.unique(user_N, return_counts=True)
-  names, item_N = np.unique(item_N[order_N], return_inverse=True)
-  offsets_U1 = np.append(0, np.cumsum(count_U))
-  return Events(item_N.astype(np.int32), time_N[order_N], offsets_U1, len(names))
+  offsets_U1, item_N = np.append(0, np.cumsum(count_U)), item_N[order_N]
+  if own_ids:
+    if item_N.min() < 0 or item_N.max() >= 2**31 - 1:
+      raise RawDataError(f"{path / name}: items must be numbers from 0 to 2^31 - 2 to keep them")
+    items = int(item_N.max()) + 1
+  else:
+    known, item_N = np.unique(item_N, return_inverse=True)
+    items = len(known)
+  return Events(item_N.astype(np.int32), time_N[order_N], offsets_U1, items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +157,11 @@ class Sequences:
     used, stop_B = offsets_B1[-1], self.stop_U[user_B]
     length_B = length_B[: len(user_B)]
     event_E = np.arange(used) + np.repeat(stop_B - length_B - offsets_B1[: len(user_B)], length_B)
-    time_E = self.events.time_N[event_E]
-    newest_E = np.repeat(self.events.time_N[stop_B - 1], length_B)
-    item_E, age_E = np.zeros((2, self.room), np.int32)
+    after_E = np.repeat(self.events.time_N[stop_B - 1], length_B) + 1
+    item_E, age_E, next_age_E = np.zeros((3, self.room), np.int32)
     next_E = np.full(self.room, -1, np.int32)
     item_E[:used] = self.events.item_N[event_E]
     next_E[:used] = self.events.item_N[event_E + 1]
-    age_E[:used] = np.minimum(newest_E - time_E + 1, np.iinfo(np.int32).max)
-    return Batch(item_E, next_E, age_E, offsets_B1.astype(np.int32))
+    for out, at in ((age_E, event_E), (next_age_E, event_E + 1)):
+      out[:used] = np.clip(after_E - self.events.time_N[at], -_AGES, _AGES)
+    return Batch(item_E, next_E, age_E, next_age_E, offsets_B1.astype(np.int32))

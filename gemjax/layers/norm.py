@@ -28,6 +28,12 @@ class LayerNorm(nnx.Module):
     return _normalise(self.axis, self.dtype, self.eps, x, self.scale[...], self.bias[...])
 
 
+def normalised(x: jax.Array, dtype: str, eps: float = EPS) -> jax.Array:
+  """(x - mean) / sqrt(var + eps) along the last axis: a layer norm without parameters."""
+  width = x.shape[-1]
+  return _normalise(-1, dtype, eps, x, jnp.ones((width,)), jnp.zeros((width,)))
+
+
 class FrozenBatchNorm(nnx.Module):
   """(x - mean) / sqrt(variance + eps) * scale + bias, (B, W), of statistics that never change.
 

@@ -26,7 +26,7 @@ from gemjax import fields
 from gemjax.checkpoint import Checkpoints
 from gemjax.config.next_item import NextItem
 from gemjax.data.next_item import Batch, Sequences, read_events
-from gemjax.layers.dropout import example_keys
+from gemjax.layers.dropout import Key, example_keys
 from gemjax.metrics.ranking import ranking, ranks
 from gemjax.models.next_item import NextItemTower
 from gemjax.train.cache import Cache
@@ -51,33 +51,48 @@ class State(NamedTuple):
 
 
 def next_item_loss(
-  tower: NextItemTower, x_ED: jax.Array, next_E: jax.Array, negative_N: jax.Array | None
+  tower: NextItemTower,
+  x_ED: jax.Array,
+  next_E: jax.Array,
+  negative_N: jax.Array | None,
+  known_V: np.ndarray | None = None,
 ) -> jax.Array:
   """Mean over events of -log softmax(score)[next], in nats; slots with next -1 do not count.
 
   With `negative_N`, items drawn alike and without repetition, the softmax is taken over the next
-  item and the others among them, each of which stands for (V - 1) / N items.
+  item and the others among them, each of which stands for (V - 1) / N items; V counts those of
+  `known_V`, or all.
   """
+  items = tower.item_VD.shape[0] if known_V is None else len(known_V)
   real_E = next_E >= 0
   next_E = jnp.maximum(next_E, 0)
   if negative_N is None:
-    score_EV = tower.score(x_ED)
+    score_EV = _of_known(tower.score(x_ED), known_V)
     right_E = jnp.take_along_axis(score_EV, next_E[:, None], axis=1)[:, 0]
     loss_E = jax.nn.logsumexp(score_EV, axis=1) - right_E
   else:
     right_E = tower.score(x_ED, next_E[:, None])[:, 0]
     score_EN = tower.score(x_ED, negative_N)
-    score_EN += math.log((tower.item_VD.shape[0] - 1) / len(negative_N))
+    score_EN += math.log((items - 1) / len(negative_N))
     score_EN = jnp.where(negative_N == next_E[:, None], -jnp.inf, score_EN)
     loss_E = jnp.logaddexp(jax.nn.logsumexp(score_EN, axis=1), right_E) - right_E
   return jnp.sum(jnp.where(real_E, loss_E, 0)) / jnp.maximum(jnp.sum(real_E), 1)
 
 
-class Trainer:
-  """The programs of one run."""
+def _of_known(score_QV: jax.Array, known_V: np.ndarray | None) -> jax.Array:
+  """Scores of items that have no event become -inf."""
+  if known_V is None or len(known_V) == score_QV.shape[1]:
+    return score_QV
+  known = np.isin(np.arange(score_QV.shape[1]), known_V)
+  return jnp.where(known, score_QV, -jnp.inf)
 
-  def __init__(self, config: NextItem, items: int, steps: int):
+
+class Trainer:
+  """The programs of one run; the items that have an event are all, or `known_V`."""
+
+  def __init__(self, config: NextItem, items: int, steps: int, known_V: np.ndarray | None = None):
     self.config, self.items = config, items
+    self.known_V = np.arange(items) if known_V is None else known_V
     self.optimizer = dense_optimizer(config.optimizer, steps)
     self.graph = nnx.graphdef(nnx.eval_shape(self._tower))
     self.born = jax.jit(self._born)
@@ -98,25 +113,30 @@ class Trainer:
     key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
     key_B = example_keys(jax.random.fold_in(key, 0), 0, len(batch.offsets_B1) - 1)
     negative_N, drawn = None, self.config.tower.negatives
-    if 0 < drawn < self.items:
+    if 0 < drawn < len(self.known_V):
       drawn_key = jax.random.fold_in(key, 1)
-      negative_N = jax.random.choice(drawn_key, self.items, (drawn,), replace=False)
+      negative_N = jax.random.choice(drawn_key, self.known_V, (drawn,), replace=False)
 
     def loss_of(params):
       tower = nnx.merge(self.graph, params)
-      x_ED = tower(batch.item_E, batch.age_E, batch.offsets_B1, key_B)
-      return next_item_loss(tower, x_ED, batch.next_E, negative_N)
+      x_ED = self.queries(tower, batch, key_B)
+      return next_item_loss(tower, x_ED, batch.next_E, negative_N, self.known_V)
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
     updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
     return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss
 
+  @staticmethod
+  def queries(tower: NextItemTower, batch: Batch, key_B: Key = None) -> jax.Array:
+    """x_ED of every event; dropout where there are keys."""
+    return tower(batch.item_E, batch.age_E, batch.offsets_B1, key_B, next_age_E=batch.next_age_E)
+
   def _ranks(self, params, batch: Batch) -> jax.Array:
     """rank_B of the item after each user's newest event."""
     tower = nnx.merge(self.graph, params)
-    x_ED = tower(batch.item_E, batch.age_E, batch.offsets_B1)
+    x_ED = self.queries(tower, batch)
     newest_B = jnp.maximum(batch.offsets_B1[1:] - 1, 0)
-    score_BV = tower.score(x_ED[newest_B])
+    score_BV = _of_known(tower.score(x_ED[newest_B]), self.known_V)
     user_E = segment_of_rows(batch.offsets_B1, len(batch.item_E))
     score_BV = score_BV.at[user_E, batch.item_E].set(-jnp.inf, mode="drop")  # Room: no user.
     return ranks(score_BV, jnp.maximum(batch.next_E[newest_B], 0))
@@ -131,17 +151,19 @@ def train_next_item(config: NextItem, workdir: pathlib.Path) -> dict[str, Any]:
     NotFiniteError: with the epoch; the last checkpoint is from before.
   """
   config.validate()
-  events = read_events(pathlib.Path(config.path))
+  events = read_events(pathlib.Path(config.path), own_ids=config.own_ids)
   held_out = _HELD_OUT[config.split]
   train = Sequences(events, config.length, held_out + 1, config.batch_size)
   asked = Sequences(events, config.length, held_out, config.batch_size)
-  trainer = Trainer(config, events.items, config.epochs * train.batches)
+  trainer = Trainer(config, events.items, config.epochs * train.batches, events.known_V)
   with (
     Workdir(workdir) as folder,
     Checkpoints(folder.path / CHECKPOINTS) as checkpoints,
     Cache.of_run(folder.path).behind_jax(),
   ):
     state, notes = _begin(trainer, checkpoints)
+    if checkpoints.steps and not int(state.step):  # Converted: how good are others' weights?
+      print(_line(0, config, ranking(ranks_of_next(trainer, state.params, asked))), flush=True)
     for epoch in range(int(state.step) // train.batches, config.epochs):
       start = time.perf_counter()
       rng = np.random.default_rng((config.seed, epoch))
@@ -157,11 +179,11 @@ def train_next_item(config: NextItem, workdir: pathlib.Path) -> dict[str, Any]:
           f"epoch {done}: the loss is {notes['loss']}; lower config.optimizer.learning_rate, or "
           "set config.optimizer.clip_norm"
         )
-      line = f"epoch {done:>3}/{config.epochs}  loss {notes['loss']:.4f}"
+      found = {}
       if done % config.eval_every == 0 or done == config.epochs:
-        notes["found"] = ranking(ranks_of_next(trainer, state.params, asked))
+        notes["found"] = found = ranking(ranks_of_next(trainer, state.params, asked))
         checkpoints.save(int(state.step), state, notes, best=None)
-        line += "".join(f"  {name} {x:.4f}" for name, x in notes["found"].items())
+      line = _line(done, config, {"loss": notes["loss"]} | found)
       print(f"{line}  {notes['seconds']:,.0f} s", flush=True)
     checkpoints.wait()
     summary = {
@@ -174,7 +196,7 @@ def train_next_item(config: NextItem, workdir: pathlib.Path) -> dict[str, Any]:
         "sequences_per_second": config.epochs * len(train.length_U) / notes["seconds"],
         "events_per_second": config.epochs * int(train.length_U.sum()) / notes["seconds"],
       },
-      config.split: notes["found"] | {"users": len(asked.length_U), "items": events.items},
+      config.split: notes["found"] | {"users": len(asked.length_U), "items": len(events.known_V)},
       "params": sum(x.size for x in jax.tree.leaves(state.params)),
       "device": jax.devices()[0].device_kind,
       "seed": config.seed,
@@ -193,13 +215,20 @@ def ranks_of_next(trainer: Trainer, params: Any, asked: Sequences) -> np.ndarray
   return rank_U
 
 
+def _line(epoch: int, config: NextItem, figures: dict[str, float]) -> str:
+  text = "".join(f"  {name} {x:.4f}" for name, x in figures.items())
+  return f"epoch {epoch:>3}/{config.epochs}{text}"
+
+
 def _begin(trainer: Trainer, checkpoints: Checkpoints) -> tuple[State, dict[str, Any]]:
   """The state and the notes of the last checkpoint, or those before the first step."""
   tree = trainer.config.to_json()
   if not checkpoints.steps:
     return trainer.born(), {"config": tree, "seconds": 0.0}
   restored = checkpoints.restore(jax.eval_shape(trainer.born))
-  if found := fields.difference(restored.notes["config"], tree, free=("name", "path")):
+  # A field that is younger than the run had its default.
+  before = NextItem.from_json(restored.notes["config"]).to_json()
+  if found := fields.difference(before, tree, free=("name", "path")):
     raise WorkdirError(f"the folder holds a run in which {found}; name another --workdir")
   for sentence in restored.passed:
     print(sentence, flush=True)

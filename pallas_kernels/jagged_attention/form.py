@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.jagged_attention.activation import SOFTMAX
-from pallas_kernels.jagged_attention.bias import Buckets
+from pallas_kernels.jagged_attention.bias import Buckets, LinearBuckets, LogBuckets
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Form:
 
   activation: str
   scale: float
-  biases: tuple[Buckets, ...] = ()
+  biases: tuple[Buckets | LinearBuckets | LogBuckets, ...] = ()
 
   @property
   def softmax(self) -> bool:
