@@ -39,7 +39,7 @@ def run() -> dict[str, float]:
     trainer = make_trainer(config, data.features, steps=1000)
     programs, state = Programs(trainer), trainer.born()
     batch = to_devices(trainer.mesh, next(iter(train_batches(data, batch_size=BATCH, seed=0))))
-    plans = programs.plan(batch)
+    ahead = programs.ahead(state, batch)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     blob = np.random.default_rng(0).bytes(size)  # As hard to compress as weights.
     seconds = {"step": [], "block": [], "save": [], "write": [], "restore": [], "read": []}
@@ -49,7 +49,7 @@ def run() -> dict[str, float]:
 
     for i in tqdm(range(REPEATS), desc="measuring"):
       start = time.perf_counter()
-      state, plans, _ = programs.step(state, plans, batch, batch)
+      state, ahead, _ = programs.step(state, ahead, batch, batch)
       jax.block_until_ready(state)
       timed("step", start)
       checkpoints = Checkpoints(folder / f"save{i}")
