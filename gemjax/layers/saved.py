@@ -47,6 +47,9 @@ def run(keeping: Keeping, module: nnx.Module, *inputs: Any, layer: int | None = 
   graph, weights = nnx.split(module)
   recompute = layer is not None and layer < keeping.recomputed
   called = lambda weights, *inputs: nnx.merge(graph, weights)(*inputs)
+  if layer is None:
+    weights, first = _together(weights, inputs[0])
+    inputs = (first, *inputs[1:])
   return saved(called, float8=keeping.float8, recompute=recompute)(weights, *inputs)
 
 
@@ -91,9 +94,25 @@ def _loop(keeping, layer, carry, stack, shared, part: range, recompute: bool, un
 
   def turn(carry, at):
     weights, index = at
+    if len(part) == 1:
+      weights, carry = _together(weights, carry)
     return step(weights, carry, index, *shared), None
 
   return jax.lax.scan(turn, carry, (stack, jnp.arange(part.start, part.stop)), unroll=unroll)[0]
+
+
+@jax.custom_vjp
+def _together(weights: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+  """Both as they are. Their gradients are awaited together: XLA's scheduler works from the end of
+  the step and would leave the sums of all weights' gradients over the devices to it.
+  """
+  return weights, x
+
+
+_together.defvjp(
+  lambda weights, x: ((weights, x), None),
+  lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
 
 
 def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
