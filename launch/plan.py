@@ -2,7 +2,7 @@
 holds, computes and sends, and how long that would take at best. Needs the CUDA wheels
 (`pip install -e ".[cuda12]"`) and no GPU.
 
-python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=2x64
+python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=1x128
 """
 
 import functools
