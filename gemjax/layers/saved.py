@@ -42,14 +42,21 @@ class Keeping(NamedTuple):
 ALL = Keeping()  # As it is computed.
 
 
-def run(keeping: Keeping, module: nnx.Module, *inputs: Any, layer: int | None = None) -> Any:
-  """`module(*inputs)`, which is layer number `layer` of a model, or none that may be recomputed."""
+def run(
+  keeping: Keeping,
+  module: nnx.Module,
+  *inputs: Any,
+  layer: int | None = None,
+  last: bool = False,
+) -> Any:
+  """`module(*inputs)`, which is layer number `layer` of a model, or none that may be recomputed.
+  The `last` of a model is the first of its backward pass.
+  """
   graph, weights = nnx.split(module)
   recompute = layer is not None and layer < keeping.recomputed
   called = lambda weights, *inputs: nnx.merge(graph, weights)(*inputs)
-  if layer is None:
-    weights, first = _together(weights, inputs[0])
-    inputs = (first, *inputs[1:])
+  if last:
+    weights, inputs = _together(weights, inputs)
   return saved(called, float8=keeping.float8, recompute=recompute)(weights, *inputs)
 
 
@@ -102,17 +109,21 @@ def _loop(keeping, layer, carry, stack, shared, part: range, recompute: bool, un
 
 
 @jax.custom_vjp
-def _together(weights: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+def _together(weights: Any, x: Any) -> tuple[Any, Any]:
   """Both as they are. Their gradients are awaited together: XLA's scheduler works from the end of
   the step and would leave the sums of all weights' gradients over the devices to it.
   """
   return weights, x
 
 
-_together.defvjp(
-  lambda weights, x: ((weights, x), None),
-  lambda _, gradients: jax.lax.optimization_barrier(gradients),
-)
+def _awaited(_, gradients):
+  leaves, tree = jax.tree.flatten(gradients)
+  floats = [g.dtype != jax.dtypes.float0 for g in leaves]  # Counts and ids have no gradient.
+  awaited = iter(jax.lax.optimization_barrier([g for g, f in zip(leaves, floats) if f]))
+  return jax.tree.unflatten(tree, [next(awaited) if f else g for g, f in zip(leaves, floats)])
+
+
+_together.defvjp(lambda *both: (both, None), _awaited)
 
 
 def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
