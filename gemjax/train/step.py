@@ -151,7 +151,7 @@ def _device_step(trainer: Trainer, step, params, stacks, ahead, batch, upcoming)
       known = known._replace(rows=tables.lookup(stacks, known.plans))
 
   def loss_of(params, rows):
-    logits_BT = _before_backward(trainer.predict(params, rows, batch, key_B), known.rows)
+    logits_BT = trainer.predict(params, rows, batch, key_B)
     loss = binary_cross_entropy(
       logits_BT, batch.label_BT, batch.weight_B, task_weight_T, total_weight
     )
@@ -164,7 +164,8 @@ def _device_step(trainer: Trainer, step, params, stacks, ahead, batch, upcoming)
   with jax.named_scope("update"):
     # Written out by rows: read in another order below, a sum still to be done would be done anew
     # for every float, down the columns of units. (For XLA on CPUs see `sum_in_place`.)
-    rows_grad = jax.lax.optimization_barrier(rows_grad)
+    # And behind the reads ahead of tables that are updated in place here.
+    rows_grad, _ = jax.lax.optimization_barrier((rows_grad, known.rows))
     stacks = tables.update(stacks, plans, rows_grad, learning_rate, jax.random.fold_in(key, 1))
   finite = {"loss": loss}
   for outer, tree in dense_grad.items():
@@ -174,25 +175,6 @@ def _device_step(trainer: Trainer, step, params, stacks, ahead, batch, upcoming)
   loss, sums, finite = jax.lax.psum((loss, sums, finite), ALL)
   report = Report(loss, tables.rounds(plans))
   return _Result(dense_grad, stacks, known, sums, finite, report)
-
-
-@jax.custom_vjp
-def _before_backward(logits_BT: jax.Array, ahead: Any) -> jax.Array:
-  """The logits; what is looked up ahead arrives before their gradient goes on, and so before tables
-  are updated in place. XLA's scheduler works from the end of the step, where links are busy with
-  gradients, and would leave it to that.
-  """
-  del ahead
-  return logits_BT
-
-
-_before_backward.defvjp(
-  lambda logits_BT, ahead: (logits_BT, ahead),
-  lambda ahead, grad_BT: (
-    jax.lax.optimization_barrier((grad_BT, ahead))[0],
-    jax.tree.map(jnp.zeros_like, ahead),
-  ),
-)
 
 
 def _on_devices(trainer: Trainer, function, in_specs, out_specs):
