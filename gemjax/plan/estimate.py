@@ -21,8 +21,8 @@ from gemjax.plan.collectives import Collective
 from gemjax.plan.rates import KERNEL_SECONDS, Rates, link_seconds
 from gemjax.plan.work import FREE, Work, kernel_name, work
 
-# XLA believes that collectives which are under way at a time do not slow each other. For the paper's
-# Wukong this made the best schedule; with 1 and 4 the step was longer by 2 and 3 %.
+# XLA believes that collectives which are under way at a time do not slow each other. For the
+# paper's Wukong this made the best schedule; with 1 and 4 the step was longer by 2 and 3 %.
 QUEUED = 2
 
 # What JAX's transformations, loops and the equations of products add to an op_name.
