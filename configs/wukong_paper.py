@@ -3,8 +3,8 @@ d = 160, 8 layers of 96/96 units, k = 96, MLP 3 x 8192, batch 262,144, 627 billi
 
 There is no data for it: it is for planning, on a machine without a GPU.
 
-  python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=2x64
-  python launch/plan.py --config=configs/wukong_paper.py --topology=h100:32x8 --mesh=4x64
+  python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=1x128
+  python launch/plan.py --config=configs/wukong_paper.py --topology=h100:32x8 --mesh=1x256
 
 The paper gives neither the sizes of the tables nor the schedule: rows follow a power law (ours),
 the rest is its Criteo recipe.

@@ -2,7 +2,7 @@
 holds, computes and sends, and how long that would take at best. Needs the CUDA wheels
 (`pip install -e ".[cuda12]"`) and no GPU.
 
-python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=2x64
+python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=1x128
 """
 
 import functools
@@ -22,6 +22,12 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.",
 _TOPOLOGY = flags.DEFINE_string("topology", "h100:1x8", "GPU:HOSTSxGPUS_A_HOST.")
 _MESH = flags.DEFINE_string("mesh", None, "DATAxMODEL; default: by the rule of training.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, 8 bits and recomputation; see --mesh.")
+_SCHEDULE = flags.DEFINE_string(
+  "schedule",
+  None,
+  "File (.pbtxt) for the estimated costs of instructions, by which the step is then scheduled; "
+  "training takes them by XLA_FLAGS=--xla_gpu_pgle_profile_file_or_directory_path=FILE.",
+)
 _JSON = flags.DEFINE_string("json", None, "File for the figures; default: none is written.")
 
 
@@ -36,6 +42,8 @@ def main():
 
   if _SEARCH.value and _MESH.value:
     raise target.PlanError("--search chooses the mesh: leave --mesh out")
+  if _SEARCH.value and _SCHEDULE.value:
+    raise target.PlanError("--search compares many steps: give --schedule with the best of them")
   if _SEARCH.value:
     step = search(config, _features(config), topology, functools.partial(print, flush=True))
     memory = step.trainer.config.memory
@@ -45,7 +53,7 @@ def main():
       f"--config.memory.recomputed_layers={memory.recomputed_layers}"
     )
   else:
-    step = plan_training(config, _features(config), topology, _mesh())
+    step = plan_training(config, _features(config), topology, _mesh(), _schedule())
   found = figures(step, topology)
   print(f"{config.name} on {_TOPOLOGY.value}, mesh {found['mesh']}, a device:")
   for line in lines(found):
@@ -61,6 +69,13 @@ def _mesh() -> tuple[int, int] | None:
   if len(sizes) != 2 or not all(size.isdigit() and int(size) for size in sizes):
     raise target.PlanError(f"--mesh={_MESH.value} must be DATAxMODEL, as 2x64")
   return int(sizes[0]), int(sizes[1])
+
+
+def _schedule() -> pathlib.Path | None:
+  file = _SCHEDULE.value
+  if file and not file.endswith(".pbtxt"):
+    raise target.PlanError(f"--schedule={file} must end in .pbtxt, by which XLA knows its format")
+  return pathlib.Path(file).absolute() if file else None
 
 
 def _features(config):

@@ -48,7 +48,8 @@ class Embedding:
   # Of tables: float32 | bfloat16 | float8_e4m3fn, the last with a scale a row, both narrow types
   # with stochastic rounding.
   dtype: str = "float32"
-  # Between devices: float32 | bfloat16, of looked-up rows and of their gradients.
+  # Between devices: float32 | bfloat16 | float8_e4m3fn, of looked-up rows and of their gradients;
+  # the last with a scale a row.
   exchange_dtype: str = "float32"
   gradient_dtype: str = "float32"
   optimizer: str = "rowwise_adagrad"  # rowwise_adagrad | adagrad | sgd | lazy_adam
@@ -61,6 +62,9 @@ class Embedding:
   replicated_rows: int = 1024  # Tables of at most so many rows are replicated.
   column_width: int = 2048  # Tables of at least this width are split by column.
   exchange_rows: int = 0  # Rows a pair of devices moves in one round; 0: of the first batch.
+  # exact | ahead: rows are read behind the update of the step before, or in front of it, so that
+  # their exchange hides behind that step and a row may be one update old (semi-synchronous).
+  lookup: str = "exact"
   replicas: str = "exact"  # exact | average: how the copies of the `data` axis are kept alike.
   average_every: int = 20  # Steps between two averages.
   # Both shrink every row at every step, looked up or not; at most one is positive.
@@ -177,6 +181,7 @@ class Config:
     )  # fmt: skip
     for name in ("column_width", "average_every"):
       _need(getattr(emb, name) > 0, f"embedding.{name}", getattr(emb, name), "positive")
+    one_of(emb.lookup, "embedding.lookup", "exact", "ahead")
     one_of(emb.replicas, "embedding.replicas", "exact", "average")
     law = "positive where embedding.replicas is 'average', whose step depends on it"
     _need(emb.replicas == "exact" or self.mesh.data, "mesh.data", self.mesh.data, law)
@@ -195,8 +200,8 @@ class Config:
       decay < 1, "embedding.weight_decay", emb.weight_decay, "below 1 / embedding.learning_rate"
     )
     one_of(emb.dtype, "embedding.dtype", "float32", "bfloat16", "float8_e4m3fn")
-    one_of(emb.exchange_dtype, "embedding.exchange_dtype", "float32", "bfloat16")
-    one_of(emb.gradient_dtype, "embedding.gradient_dtype", "float32", "bfloat16")
+    for name in ("exchange_dtype", "gradient_dtype"):
+      one_of(getattr(emb, name), f"embedding.{name}", "float32", "bfloat16", "float8_e4m3fn")
     one_of(emb.optimizer, "embedding.optimizer", "rowwise_adagrad", "adagrad", "sgd", "lazy_adam")
     validate_model(self.model, emb.dim)
     for name in ("learning_rate", "clip_norm", "l2"):

@@ -20,6 +20,7 @@ from gemjax.config import DATA, MODEL
 from gemjax.embedding.duplicates import Segments, find_duplicates, sum_duplicates
 from gemjax.embedding.held import Held
 from gemjax.embedding.stack import Stack, StackRule
+from gemjax.embedding.travel import moved
 
 
 class Plan(NamedTuple):
@@ -48,22 +49,27 @@ class ColumnSharded:
 
   def lookup(self, rule: StackRule, stack: Stack, plan: Plan) -> jax.Array:
     """(M, W) float32, zeros for padding."""
-    own_NV = rule.sent_rows(rule.read(stack, plan.row_N))
-    own_LMV = rearrange(own_NV, "(l m) v -> l m v", l=self.model)
     # From all examples and these columns to these examples and all columns.
-    mine_LMV = jax.lax.all_to_all(own_LMV, MODEL, 0, 0)
-    return rearrange(mine_LMV, "l m v -> m (l v)").astype(jnp.float32)
+    mine_NV = moved(rule.read(stack, plan.row_N), rule.exchange_dtype, self._exchanged)
+    return rearrange(mine_NV, "(l m) v -> m (l v)", l=self.model).astype(jnp.float32)
 
   def update(
     self, rule: StackRule, stack: Stack, plan: Plan, grad_MW: jax.Array, learning_rate, key
   ) -> Stack:
     """One step with the gradients of all devices combined."""
-    mine_LMV = rearrange(rule.sent_gradients(grad_MW), "m (l v) -> l m v", l=self.model)
-    grad_NV = rearrange(jax.lax.all_to_all(mine_LMV, MODEL, 0, 0), "l m v -> (l m) v")
-    if self.combined:
-      grad_NV = jax.lax.all_gather(grad_NV, DATA, tiled=True)
+
+    def to_owners(x_NX: jax.Array) -> jax.Array:
+      x_NX = self._exchanged(x_NX)
+      return jax.lax.all_gather(x_NX, DATA, tiled=True) if self.combined else x_NX
+
+    mine_NV = rearrange(grad_MW, "m (l v) -> (l m) v", l=self.model)
+    grad_NV = moved(mine_NV, rule.gradient_dtype, to_owners)
     sum_UV = sum_duplicates(plan.merged, grad_NV.astype(jnp.float32))
     return rule.write(stack, plan.merged.unique_U, sum_UV, learning_rate, key, self.held)
+
+  def _exchanged(self, x_NX: jax.Array) -> jax.Array:
+    x_LMX = rearrange(x_NX, "(l m) x -> l m x", l=self.model)
+    return rearrange(jax.lax.all_to_all(x_LMX, MODEL, 0, 0), "l m x -> (l m) x")
 
   def rounds(self, plan: Plan) -> jax.Array:
     """One exchange, always."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from gemjax.embedding.duplicates import Segments, find_duplicates, sum_duplicates
 from gemjax.embedding.held import Held
 from gemjax.embedding.stack import Stack, StackRule
+from gemjax.embedding.travel import moved
 
 
 class Plan(NamedTuple):
@@ -56,8 +57,8 @@ class Replicated:
     """One step with the gradients of all devices combined."""
     own, sum_UW = plan.own, sum_duplicates(plan.own, grad_MW)
     if plan.merged is not None:
-      sent_UW = rule.sent_gradients(sum_UW)
-      all_GUW = jax.lax.all_gather(sent_UW, self.axes, tiled=True).astype(jnp.float32)
+      gather = lambda x_UX: jax.lax.all_gather(x_UX, self.axes, tiled=True)
+      all_GUW = moved(sum_UW, rule.gradient_dtype, gather).astype(jnp.float32)
       own, sum_UW = plan.merged, sum_duplicates(plan.merged, all_GUW)
     return rule.write(stack, own.unique_U, sum_UW, learning_rate, key, self.held)
 

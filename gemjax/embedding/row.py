@@ -10,13 +10,18 @@ to the bit on a CPU, but for the order of a sum on a GPU (duplicates.py).
 
 `ragged_all_to_all` is not used: it crashes on large GPU runs (openxla/xla#47283, #47146).
 
+Gradients of wide rows travel in parts, some columns each: while one is under way the duplicates of
+the next are summed here, and those of the one before at the owner.
+
 Letters: M looked-up rows of this device, U different ones (as an array: M), L devices of `model`,
-C capacity, D devices of `data` combined, W width.
+C capacity, D devices of `data` combined, W width, V columns of a part.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,7 +32,11 @@ from gemjax.config import DATA, MODEL
 from gemjax.embedding.duplicates import Segments, find_duplicates, runs, sort_ids, sum_duplicates
 from gemjax.embedding.held import Held
 from gemjax.embedding.stack import Stack, StackRule
+from gemjax.embedding.travel import moved
 from pallas_kernels import take_rows
+
+PART = 32  # Least columns of a part: 64 bytes of bfloat16, two sectors of a GPU's memory.
+PARTS = 4  # Most; each further one hides less and costs another start of a collective.
 
 
 class Round(NamedTuple):
@@ -81,11 +90,9 @@ class RowSharded:
     """(M, W) float32, zeros for padding."""
 
     def rows_of(round_: Round) -> jax.Array:
-      read_NW = rule.sent_rows(rule.read(stack, round_.wanted_N))
-      read_LCW = rearrange(read_NW, "(l c) w -> l c w", l=self.model)
-      got_LCW = jax.lax.all_to_all(read_LCW, MODEL, 0, 0)
+      read_NW = rule.read(stack, round_.wanted_N)
+      got_NW = moved(read_NW, rule.exchange_dtype, self._exchanged)
       slot_M = self._slots(plan.own.unique_U, round_, plan.end_L)[plan.unique_M]
-      got_NW = rearrange(got_LCW, "l c w -> (l c) w")
       return take_rows(got_NW, slot_M).astype(jnp.float32)
 
     def further(k, at):
@@ -100,18 +107,20 @@ class RowSharded:
     self, rule: StackRule, stack: Stack, plan: Plan, grad_MW: jax.Array, learning_rate, key
   ) -> Stack:
     """One step with the gradients of all devices combined."""
-    sum_UW = sum_duplicates(plan.own, grad_MW)
+    parts = jnp.array_split(grad_MW, min(PARTS, max(1, grad_MW.shape[1] // PART)), axis=1)
+    sums = _in_turn(functools.partial(sum_duplicates, plan.own), parts)
+
+    def to_owners(sent_NV: jax.Array) -> jax.Array:
+      grad_NV = self._exchanged(sent_NV)
+      return jax.lax.all_gather(grad_NV, DATA, tiled=True) if self.combined else grad_NV
 
     def write(stack: Stack, round_: Round, *, tick: bool) -> Stack:
       index_LC = self._window(round_.begin_L)
-      index_LC = jnp.where(index_LC < round_.end_L[:, None], index_LC, len(sum_UW))
-      sent_NW = rule.sent_gradients(take_rows(sum_UW, index_LC.reshape(-1)))
-      sent_LCW = rearrange(sent_NW, "(l c) w -> l c w", l=self.model)
-      grad_LCW = jax.lax.all_to_all(sent_LCW, MODEL, 0, 0)
-      grad_NW = rearrange(grad_LCW, "l c w -> (l c) w")
-      if self.combined:
-        grad_NW = jax.lax.all_gather(grad_NW, DATA, tiled=True)
-      total_NW = sum_duplicates(round_.merged, grad_NW.astype(jnp.float32))
+      index_LC = jnp.where(index_LC < round_.end_L[:, None], index_LC, len(sums[0]))
+      sent = [take_rows(sum_UV, index_LC.reshape(-1)) for sum_UV in sums]
+      got = [moved(sent_NV, rule.gradient_dtype, to_owners) for sent_NV in sent]
+      total_of = lambda grad_NV: sum_duplicates(round_.merged, grad_NV.astype(jnp.float32))
+      total_NW = jnp.concatenate(_in_turn(total_of, got), axis=1)
       row_N = round_.merged.unique_U
       return rule.write(stack, row_N, total_NW, learning_rate, key, self.held, tick=tick)
 
@@ -126,6 +135,11 @@ class RowSharded:
   def rounds(self, plan: Plan) -> jax.Array:
     """How many exchanges the batch takes; 1 where the capacity suffices."""
     return plan.rounds_1[0]
+
+  def _exchanged(self, x_NX: jax.Array) -> jax.Array:
+    """Row c for owner l comes from there as row c of this device."""
+    x_LCX = rearrange(x_NX, "(l c) x -> l c x", l=self.model)
+    return rearrange(jax.lax.all_to_all(x_LCX, MODEL, 0, 0), "l c x -> (l c) x")
 
   def _bucket(self, position_M: jax.Array) -> tuple[Segments, jax.Array, jax.Array]:
     """(own, unique_M, end_L): sorting by position sorts by owner and by row of the owner."""
@@ -180,3 +194,15 @@ class RowSharded:
     place_U = index_U - inside(round_.begin_L)
     in_round_U = (place_U >= 0) & (index_U < inside(round_.end_L))
     return jnp.where(in_round_U, owner_U * self.capacity + place_U, self.model * self.capacity)
+
+
+def _in_turn(function: Callable, parts: list[jax.Array]) -> list[jax.Array]:
+  """`function` of each part, one after the other: XLA would make one kernel of all, for which all
+  parts must be there, and behind which nothing is left to do while they are under way.
+  """
+  done = []
+  for part in parts:
+    if done:
+      done[-1], part = jax.lax.optimization_barrier((done[-1], part))
+    done.append(function(part))
+  return done

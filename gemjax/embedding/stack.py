@@ -55,8 +55,8 @@ class StackRule:
   l2: float = 0.0
   init_scale: float = 0.01
   dtype: str = "float32"
-  exchange_dtype: str = "float32"
-  gradient_dtype: str = "float32"
+  exchange_dtype: str = "float32"  # Of rows on their way to those who look them up.
+  gradient_dtype: str = "float32"  # On their way to the owners, where they are summed in float32.
 
   @classmethod
   def from_config(cls, config, optimizer: RowOptimizer) -> StackRule:
@@ -203,14 +203,6 @@ class StackRule:
     """Whether a row has a scale of its own."""
     return self.dtype == FLOAT8
 
-  def sent_rows(self, rows_MW: jax.Array) -> jax.Array:
-    """As they travel to those who look them up: no wider than `exchange_dtype`."""
-    return _narrowed(rows_MW, self.exchange_dtype)
-
-  def sent_gradients(self, grad_MW: jax.Array) -> jax.Array:
-    """As they travel to the owners of the rows: rounded to the nearest, summed in float32 there."""
-    return _narrowed(grad_MW, self.gradient_dtype)
-
   def _noise(self, key: jax.Array, held: Held, row_U: jax.Array) -> jax.Array | None:
     """Random bits of every weight: of its row's number, the same on every mesh."""
     if self.dtype == "float32":
@@ -257,10 +249,6 @@ def _words(rows_RW: jax.Array) -> jax.Array:
   """Rows in float8 as bytes, the same memory: XLA has gathers and scatters of bytes everywhere."""
   scaled = rows_RW.dtype.name == FLOAT8
   return jax.lax.bitcast_convert_type(rows_RW, jnp.uint8) if scaled else rows_RW
-
-
-def _narrowed(x_MW: jax.Array, dtype: str) -> jax.Array:
-  return x_MW.astype(dtype) if x_MW.dtype.itemsize > jnp.dtype(dtype).itemsize else x_MW
 
 
 def _add(sum_2: jax.Array, term: jax.Array) -> jax.Array:

@@ -72,7 +72,9 @@ def _product(in_8_bits: bool):
 
 # Differentiated as it stands, the product would keep the gathered W of every layer for the backward
 # pass, which is what sharding shall save. `jax.checkpoint` would gather again, but hold the gather
-# back until the gradient of the output is there; here it may run ahead, beside other work.
+# back until the gradient of the output is there; here it may run ahead, beside other work. Outside
+# of loops over layers XLA sees that both gathers are one, and keeps that W: of the first layer and
+# the heads, which are a small part of all and would wait for it.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _contract_shard(equation, dtype, float8, x, shard):
   return _product(float8)(equation, x, _gather(shard, dtype))
@@ -87,8 +89,7 @@ def _forward(equation, dtype, float8, x, shard):
 
 def _backward(equation, dtype, float8, kept, gradient):
   x, shard = kept
-  # Behind the barrier this is another gather than the forward one, whose result can be freed.
-  kernel = _gather(jax.lax.optimization_barrier(shard), dtype)
+  kernel = _gather(shard, dtype)
   if float8:
     of_x, of_kernel = float8_lib.gradients(equation, x, float8_lib.rounded(kernel), gradient)
     return of_x, *jax.linear_transpose(lambda s: _gather(s, dtype), shard)(of_kernel)

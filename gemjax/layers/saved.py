@@ -42,11 +42,21 @@ class Keeping(NamedTuple):
 ALL = Keeping()  # As it is computed.
 
 
-def run(keeping: Keeping, module: nnx.Module, *inputs: Any, layer: int | None = None) -> Any:
-  """`module(*inputs)`, which is layer number `layer` of a model, or none that may be recomputed."""
+def run(
+  keeping: Keeping,
+  module: nnx.Module,
+  *inputs: Any,
+  layer: int | None = None,
+  last: bool = False,
+) -> Any:
+  """`module(*inputs)`, which is layer number `layer` of a model, or none that may be recomputed.
+  The `last` of a model is the first of its backward pass.
+  """
   graph, weights = nnx.split(module)
   recompute = layer is not None and layer < keeping.recomputed
   called = lambda weights, *inputs: nnx.merge(graph, weights)(*inputs)
+  if last:
+    weights, inputs = _together(weights, inputs)
   return saved(called, float8=keeping.float8, recompute=recompute)(weights, *inputs)
 
 
@@ -91,10 +101,31 @@ def _loop(keeping, layer, carry, stack, shared, part: range, recompute: bool, un
 
   def turn(carry, at):
     weights, index = at
-    weights = _summed(weights)
+    if len(part) == 1:
+      weights, carry = _together(weights, carry)
+    else:
+      weights = _summed(weights)
     return step(weights, carry, index, *shared), None
 
   return jax.lax.scan(turn, carry, (stack, jnp.arange(part.start, part.stop)), unroll=unroll)[0]
+
+
+@jax.custom_vjp
+def _together(weights: Any, x: Any) -> tuple[Any, Any]:
+  """Both as they are. Their gradients are awaited together: XLA's scheduler works from the end of
+  the step and would leave the sums of all weights' gradients over the devices to it.
+  """
+  return weights, x
+
+
+def _awaited(_, gradients):
+  leaves, tree = jax.tree.flatten(gradients)
+  floats = [g.dtype != jax.dtypes.float0 for g in leaves]  # Counts and ids have no gradient.
+  awaited = iter(jax.lax.optimization_barrier([g for g, f in zip(leaves, floats) if f]))
+  return jax.tree.unflatten(tree, [next(awaited) if f else g for g, f in zip(leaves, floats)])
+
+
+_together.defvjp(lambda *both: (both, None), _awaited)
 
 
 @jax.custom_vjp
@@ -105,7 +136,7 @@ def _summed(weights: Any) -> Any:
   return weights
 
 
-_summed.defvjp(lambda weights: (weights, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+_summed.defvjp(lambda weights: (weights, None), lambda _, gradient: _awaited(_, (gradient,)))
 
 
 def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:

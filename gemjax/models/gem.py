@@ -297,4 +297,4 @@ class Gem(nnx.Module):
       gained_BND = units_BND * self.gain_ND[...].astype(units_BND.dtype)
       units_BND = jnp.concatenate([x_BND, *(c_BD[:, None] for c_BD in asking), gained_BND], 1)
     read_BI = rearrange(units_BND, "b n d -> b (n d)")
-    return run(kept, self.heads, read_BI, domain_B, fold(key_B, 2))
+    return run(kept, self.heads, read_BI, domain_B, fold(key_B, 2), last=True)

@@ -134,4 +134,5 @@ class Wukong(nnx.Module):
 
       first = int(self.first is not None)
       x_BDN = scan(kept, layer, x_BDN, weights, key_B, first=first, unroll=2)
-    return run(kept, self.heads, rearrange(x_BDN, "b d n -> b (n d)"), fold(key_B, 2))
+    x_BI = rearrange(x_BDN, "b d n -> b (n d)")
+    return run(kept, self.heads, x_BI, fold(key_B, 2), last=True)

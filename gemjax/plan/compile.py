@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,13 +18,28 @@ from gemjax.plan.collectives import Collective, collectives
 from gemjax.plan.memory import Memory, memory
 from gemjax.plan.target import PlanError
 
+# Of XLA; in XLA_FLAGS, with two dashes before it, it does the same to the step of a run.
+PROFILE_FLAG = "xla_gpu_pgle_profile_file_or_directory_path"
+
 
 class Compiled:
   """A compiled program's scheduled text, memory and collectives, each read once."""
 
-  def __init__(self, executable: jax.stages.Compiled, mesh: jax.sharding.AbstractMesh):
-    self.executable = executable
+  def __init__(
+    self,
+    lowered: jax.stages.Lowered,
+    mesh: jax.sharding.AbstractMesh,
+    options: dict[str, str] | None = None,
+  ):
+    self._lowered, self._mesh = lowered, mesh
+    self.executable = lowered.compile(options)
     self.mesh_shape = dict(mesh.shape)
+
+  def scheduled_by(self, profile: str | Path) -> Compiled:
+    """The program compiled again, its collectives and kernels ordered by the costs in the file
+    `profile` (see Estimate.profile) instead of those that XLA assumes.
+    """
+    return Compiled(self._lowered, self._mesh, {PROFILE_FLAG: str(profile)})
 
   @functools.cached_property
   def text(self) -> str:
@@ -62,4 +78,4 @@ def compile_for(
     raise PlanError(f"donate={donate} has no effect on a jitted function: give it to jax.jit")
   program = fn if jitted else jax.jit(fn, donate_argnums=donate)
   lowered = program.trace(*args).lower(lowering_platforms=("cuda",))
-  return Compiled(lowered.compile(), meshes.pop())
+  return Compiled(lowered, meshes.pop())

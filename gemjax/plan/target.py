@@ -13,8 +13,12 @@ from pallas_kernels.deviceless import target as deviceless
 from pallas_kernels.deviceless.target import OPTIONS, TARGETS, Target, has_cuda_wheels
 
 REQUIRED_FLAGS = tuple(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
+# Those of launch/jobs/presets.py's `overlap` that order instructions.
 SCHEDULE_FLAGS = (
   "--xla_gpu_enable_latency_hiding_scheduler=true",
+  "--xla_gpu_experimental_parallel_collective_overlap_limit=4",
+  "--xla_gpu_experimental_enable_heuristic_collective_combining=false",
+  "--xla_gpu_reduce_scatter_combine_threshold_bytes=1048576",
   "--xla_gpu_enable_analytical_sol_latency_estimator=true",
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from gemjax.train.cost import jagged_flops
 from gemjax.train.devices import shape_mesh
 from gemjax.train.flops import matmul_flops
 from gemjax.train.state import Trainer, make_trainer
-from gemjax.train.step import plan_step, train_step
+from gemjax.train.step import look_up_step, plan_step, train_step
 
 STEPS = 1000  # Of the schedule; the program does not depend on it.
 
@@ -60,6 +61,7 @@ def plan_training(
   features: FeatureSet,
   topology: target.Topology,
   mesh: tuple[int, int] | None = None,
+  profile: Path | None = None,
 ) -> PlannedStep:
   """Compiles the step for `topology`, in a process with the environment of `target`.
 
@@ -71,6 +73,8 @@ def plan_training(
     features: Of its data.
     topology: The GPUs.
     mesh: (data, model); the rule of gemjax/parallel/mesh.py unless given.
+    profile: A file for the estimated costs of all instructions, by which the step is then compiled
+      again, so that XLA hides what it can; without it XLA goes by costs of its own.
 
   Raises:
     ConfigError: the mesh is not that of the GPUs, or the batch does not divide by them.
@@ -92,14 +96,28 @@ def plan_training(
   batch = _abstract(devices, largest_batch(config, features, topology.size))
   if not trainer.tables.measured:
     trainer = dataclasses.replace(trainer, tables=_with_room(trainer, batch))
-  plans = _abstract(devices, jax.eval_shape(functools.partial(plan_step, trainer), batch))
   state = trainer.abstract()
+  ahead = jax.eval_shape(functools.partial(plan_step, trainer), batch)
+  if config.embedding.lookup == "ahead":
+    ahead = jax.eval_shape(functools.partial(look_up_step, trainer), state, ahead)
+  ahead = _abstract(devices, ahead)
 
-  def training_step(state, plans, batch, upcoming):
-    return train_step(trainer, state, plans, batch, upcoming)
+  def training_step(state, ahead, batch, upcoming):
+    return train_step(trainer, state, ahead, batch, upcoming)
 
   jitted = jax.jit(training_step, donate_argnums=0, out_shardings=(trainer.shardings, None, None))
-  compiled = compile_for(jitted, (state, plans, batch, batch))
+  compiled = compile_for(jitted, (state, ahead, batch, batch))
+  kernel_flops = jagged_flops(config, _lengths(config, features)) / topology.size
+
+  def estimated(compiled: Compiled) -> Estimate:
+    rates = RATES[topology.target.name]
+    return estimate(
+      compiled.text, compiled.collectives, rates, topology.gpus_per_host, kernel_flops
+    )
+
+  if profile:
+    profile.write_text(estimated(compiled).profile())
+    compiled = compiled.scheduled_by(profile)
   rows = sum(4 * count * width for count, width in look_ups(trainer, batch).values())
   temporaries = compiled.memory.temporaries
   budget = Budget(
@@ -108,24 +126,17 @@ def plan_training(
     dense=_held(state.params),
     optimizer=_held(state.opt_state),
     batch=2 * _held(batch),
-    exchange=2 * _held(plans) + min(2 * rows, temporaries),
+    exchange=2 * _held(ahead) + min(2 * rows, temporaries),
     activations=max(0, temporaries - 2 * rows),
   )
-  kernel_flops = jagged_flops(config, _lengths(config, features)) / topology.size
   once = dataclasses.replace(config.memory, recomputed_layers=0, activation_budget=0.0)
   plain = make_trainer(dataclasses.replace(config, memory=once), features, STEPS, devices)
   plain = dataclasses.replace(plain, tables=trainer.tables)
   step_once = functools.partial(train_step, plain)
-  traced = matmul_flops(step_once, state, plans, batch, batch) / topology.size
-  estimated = estimate(
-    compiled.text,
-    compiled.collectives,
-    RATES[topology.target.name],
-    topology.gpus_per_host,
-    kernel_flops,
-  )
+  traced = matmul_flops(step_once, state, ahead, batch, batch) / topology.size
   kept = activation_bytes(trainer, batch)
-  return PlannedStep(trainer, compiled, budget, estimated, traced + kernel_flops, kept)
+  found = estimated(compiled)
+  return PlannedStep(trainer, compiled, budget, found, traced + kernel_flops, kept)
 
 
 def _lengths(config: config_lib.Config, features: FeatureSet) -> dict[str, np.ndarray]:

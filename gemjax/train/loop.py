@@ -138,13 +138,13 @@ class _Run:
     train, done = self.config.train, int(state.step)
     reports: list[Report] = []
     self.progress.begin(done)
-    plans = self.programs.plan(self.feed.upcoming)
+    ahead = self.programs.ahead(state, self.feed.upcoming)
     start = self._clock()
     while done < self.steps and not self.best.stopped(train.patience):
       self.peers.phase(f"batch behind step {done + 1:,}")
       batch, upcoming = self.feed.advance(), self.feed.upcoming
       self.peers.phase(f"step {done + 1:,}")
-      state, plans, report = self.programs.step(state, plans, batch, upcoming)
+      state, ahead, report = self.programs.step(state, ahead, batch, upcoming)
       done += 1
       reports.append(report)
       if "first step" not in self.phases.seconds:
@@ -170,6 +170,8 @@ class _Run:
         if evaluating:
           state = self._evaluate(state, done)
         self._save(state, done)
+        if ahead.rows is not None:  # As a run that resumes from here will read them.
+          ahead = self.programs.ahead(state, upcoming)
         start = self._clock()
       if stopping:
         self.peers.agree_to_end()

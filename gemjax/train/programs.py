@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from gemjax import metrics
-from gemjax.embedding import Plans
 from gemjax.features import Batch
 from gemjax.parallel.arrays import to_devices, to_host
 from gemjax.train.compiled import Compiled
@@ -22,9 +21,11 @@ from gemjax.train.flops import matmul_flops
 from gemjax.train.profile import Profile
 from gemjax.train.state import Trainer, TrainState, init_state
 from gemjax.train.step import (
+  Ahead,
   Report,
   average_step,
   bucket_step,
+  look_up_step,
   plan_step,
   predict_step,
   train_step,
@@ -54,6 +55,7 @@ class Programs:
     self._shardings = trainer.shardings
     self._seed = np.int32(trainer.config.train.seed)
     self._plan: Compiled | None = None
+    self._look_up: Compiled | None = None
     self._step: Compiled | None = None
     self._predict: Compiled | None = None
     self._born = Compiled(
@@ -81,7 +83,8 @@ class Programs:
   @property
   def compile_seconds(self) -> float:
     """Of tracing and compiling, or of loading what an earlier start has compiled."""
-    every = (self._born, self._plan, self._step, self._predict, self._average, self._no_sums)
+    of_batches = (self._plan, self._look_up, self._step, self._predict)
+    every = (self._born, *of_batches, self._average, self._no_sums)
     return sum(p.seconds for p in every if p is not None)
 
   def measure(self, batch: Callable[[], Batch]) -> None:
@@ -91,6 +94,9 @@ class Programs:
         self._trainer = measured(self._trainer, batch())
       kept = self._kept(self._trainer)
       self._plan = Compiled("plan", functools.partial(plan_step, self._trainer), kept, varying=(0,))
+      if self._trainer.config.embedding.lookup == "ahead":
+        look_up = functools.partial(look_up_step, self._trainer)
+        self._look_up = Compiled("look_up", look_up, kept, varying=(1,))
       self._step = Compiled(
         "step",
         functools.partial(train_step, self._trainer),
@@ -103,8 +109,11 @@ class Programs:
   def prepare(self, batch: Batch, upcoming: Batch) -> None:
     """Has `plan` and `step` ready for batches of these shapes; once measured, nothing runs."""
     self.measure(lambda: batch)
-    plans = self._plan.prepare((batch,), lambda: (batch,)).outputs
-    state = lambda: (self._trainer.abstract(), _placed(plans, batch), batch, upcoming)
+    ahead = _placed(self._plan.prepare((batch,), lambda: (batch,)).outputs, batch)
+    if self._look_up:
+      of_ahead = lambda: (self._trainer.abstract(), ahead)
+      ahead = _placed(self._look_up.prepare((ahead,), of_ahead).outputs, batch)
+    state = lambda: (self._trainer.abstract(), ahead, batch, upcoming)
     self._step.prepare((batch, upcoming), state)
 
   def prepare_to_predict(self, batch: Batch) -> None:
@@ -121,19 +130,20 @@ class Programs:
     """The state before the first step, every array born where it lies."""
     return self._born(self._seed)
 
-  def plan(self, batch: Batch) -> Plans:
-    """The plans of a batch that follows no step; the first call measures it."""
+  def ahead(self, state: TrainState, batch: Batch) -> Ahead:
+    """Of a batch that follows no step; the first call measures it."""
     self.measure(lambda: batch)
-    return self._plan(batch)
+    ahead = self._plan(batch)
+    return self._look_up(state, ahead) if self._look_up else ahead
 
   def step(
-    self, state: TrainState, plans: Plans, batch: Batch, upcoming: Batch
-  ) -> tuple[TrainState, Plans, Report]:
+    self, state: TrainState, ahead: Ahead, batch: Batch, upcoming: Batch
+  ) -> tuple[TrainState, Ahead, Report]:
     """`train_step`; the state is overwritten."""
     if self._profile is None:
-      return self._step(state, plans, batch, upcoming)
+      return self._step(state, ahead, batch, upcoming)
     self._profile.before(state)
-    result = self._step(state, plans, batch, upcoming)
+    result = self._step(state, ahead, batch, upcoming)
     self._profile.after(result)
     return result
 
@@ -152,12 +162,12 @@ class Programs:
 
   def flops(self, state: TrainState, batch: Batch) -> float:
     """Of the matrix products of one training step with the events of `batch`."""
-    plans = jax.eval_shape(functools.partial(plan_step, self._trainer), batch)
+    ahead = jax.eval_shape(functools.partial(plan_step, self._trainer), batch)
     step = functools.partial(train_step, self._trainer)
     lengths = {name: to_host(events.lengths_B) for name, events in batch.histories.items()}
     share = jax.process_count()  # Every process sees its rows.
     jagged = jagged_flops(self._trainer.config, lengths) * share
-    return matmul_flops(step, state, plans, batch, batch) + jagged
+    return matmul_flops(step, state, ahead, batch, batch) + jagged
 
   def _predicting(self, batch: Batch) -> Compiled:
     if self._predict is None:
@@ -181,7 +191,7 @@ def measured(trainer: Trainer, batch: Any) -> Trainer:
   return dataclasses.replace(trainer, tables=tables)
 
 
-def _placed(plans: Plans, batch: Batch) -> Plans:
-  """Plans lie as their batch does."""
+def _placed(ahead: Ahead, batch: Batch) -> Ahead:
+  """What is known of a batch lies as it does."""
   at = batch.weight_B.sharding
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), plans)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), ahead)

@@ -35,29 +35,38 @@ class Report(NamedTuple):
   exchange_rounds: jax.Array  # 1 where the capacity sufficed; 0 where nothing is exchanged.
 
 
+class Ahead(NamedTuple):
+  """What is known of a batch before its step."""
+
+  plans: Plans
+  # Stack -> (M, W), where `embedding.lookup` is "ahead": read before the update of the step before.
+  rows: dict[str, jax.Array] | None = None
+
+
 class _Result(NamedTuple):
   """Of the part of a step that a device computes."""
 
   grads: Any  # Of dense parameters, summed over the batch and placed as they are.
   stacks: Stacks
-  plans: Plans  # Of the upcoming batch.
+  ahead: Ahead  # Of the upcoming batch.
   sums: metrics.MetricSums
   finite: dict[str, jax.Array]  # Part -> a number that is finite if the part is.
   report: Report
 
 
 def train_step(
-  trainer: Trainer, state: TrainState, plans: Plans, batch: Batch, upcoming: Batch
-) -> tuple[TrainState, Plans, Report]:
-  """(state, batch) -> (state after one step, plans of the upcoming batch, report).
+  trainer: Trainer, state: TrainState, ahead: Ahead, batch: Batch, upcoming: Batch
+) -> tuple[TrainState, Ahead, Report]:
+  """(state, batch) -> (state after one step, what is known of the upcoming batch, report).
 
   Donate the state. The gradient is taken with respect to the dense parameters and the looked-up
   rows; no array of a table's shape exists but the table itself, updated in place. The upcoming
-  batch gives its ids alone: their exchange waits for nothing in this step.
+  batch gives its ids alone: their exchange waits for nothing in this step, nor does that of rows
+  that are looked up ahead.
   """
   specs = trainer.specs
   result = _Result(
-    grads=specs.params, stacks=specs.stacks, plans=BATCH, sums=REPLICATED, finite=REPLICATED,
+    grads=specs.params, stacks=specs.stacks, ahead=BATCH, sums=REPLICATED, finite=REPLICATED,
     report=REPLICATED,
   )  # fmt: skip
   on_device = _on_devices(
@@ -66,7 +75,7 @@ def train_step(
     (REPLICATED, REPLICATED, specs.params, specs.stacks, BATCH, BATCH, BATCH),
     result,
   )
-  done = on_device(state.step, state.seed, state.params, state.stacks, plans, batch, upcoming)
+  done = on_device(state.step, state.seed, state.params, state.stacks, ahead, batch, upcoming)
   updates, opt_state = trainer.optimizer.update(done.grads, state.opt_state, state.params)
   bad_step = {
     part: jnp.where(jnp.isfinite(done.finite[part]), first, jnp.minimum(first, state.step))
@@ -81,12 +90,19 @@ def train_step(
     sums=metrics.merge(state.sums, done.sums),
     bad_step=bad_step,
   )
-  return new_state, done.plans, done.report
+  return new_state, done.ahead, done.report
 
 
-def plan_step(trainer: Trainer, batch: Batch) -> Plans:
-  """The plans of the first batch, which no step has made."""
-  return _on_devices(trainer, trainer.tables.plan, (BATCH,), BATCH)(batch)
+def plan_step(trainer: Trainer, batch: Batch) -> Ahead:
+  """Of a batch that follows no step, without rows: its step, or `look_up_step`, reads them."""
+  return Ahead(_on_devices(trainer, trainer.tables.plan, (BATCH,), BATCH)(batch))
+
+
+def look_up_step(trainer: Trainer, state: TrainState, ahead: Ahead) -> Ahead:
+  """With the rows as the state has them."""
+  specs = (trainer.specs.stacks, BATCH)
+  look_up = _on_devices(trainer, trainer.tables.lookup, specs, BATCH)
+  return ahead._replace(rows=look_up(state.stacks, ahead.plans))
 
 
 def predict_step(trainer: Trainer, state: TrainState, batch: Batch) -> jax.Array:
@@ -119,8 +135,9 @@ def bucket_step(trainer: Trainer, batch: Batch) -> dict[str, jax.Array]:
   return _on_devices(trainer, largest, (BATCH,), REPLICATED)(batch)
 
 
-def _device_step(trainer: Trainer, step, seed, params, stacks, plans, batch, upcoming) -> _Result:
+def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upcoming) -> _Result:
   config, tables = trainer.config, trainer.tables
+  plans, rows = ahead
   # A key of (seed, step): a resumed run draws what the unbroken one would have drawn.
   key = jax.random.fold_in(jax.random.key(seed), step)
   examples = len(batch.weight_B)
@@ -128,9 +145,11 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, plans, batch, upc
   task_weight_T = jnp.array([config.train.task_weights.get(t, 1.0) for t in trainer.features.tasks])
   total_weight = jax.lax.psum(batch.weight_B.sum(), ALL)
   with jax.named_scope("plan"):
-    upcoming_plans = tables.plan(upcoming)
+    known = Ahead(tables.plan(upcoming))
   with jax.named_scope("lookup"):
-    rows = tables.lookup(stacks, plans)
+    rows = tables.lookup(stacks, plans) if rows is None else rows
+    if config.embedding.lookup == "ahead":
+      known = known._replace(rows=tables.lookup(stacks, known.plans))
 
   def loss_of(params, rows):
     logits_BT = trainer.predict(params, rows, batch, key_B)
@@ -146,7 +165,8 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, plans, batch, upc
   with jax.named_scope("update"):
     # Written out by rows: read in another order below, a sum still to be done would be done anew
     # for every float, down the columns of units. (For XLA on CPUs see `sum_in_place`.)
-    rows_grad = jax.lax.optimization_barrier(rows_grad)
+    # And behind the reads ahead of tables that are updated in place here.
+    rows_grad, _ = jax.lax.optimization_barrier((rows_grad, known.rows))
     stacks = tables.update(stacks, plans, rows_grad, learning_rate, jax.random.fold_in(key, 1))
   finite = {"loss": loss}
   for outer, tree in dense_grad.items():
@@ -155,7 +175,7 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, plans, batch, upc
   sums = metrics.of_batch(logits_BT, batch.label_BT, batch.weight_B)
   loss, sums, finite = jax.lax.psum((loss, sums, finite), ALL)
   report = Report(loss, tables.rounds(plans))
-  return _Result(dense_grad, stacks, upcoming_plans, sums, finite, report)
+  return _Result(dense_grad, stacks, known, sums, finite, report)
 
 
 def _on_devices(trainer: Trainer, function, in_specs, out_specs):

@@ -60,7 +60,7 @@ def run() -> dict[str, float]:
     trainer = make_trainer(CONFIG, data.features, steps=1000)
     programs, state = Programs(trainer), trainer.born()
     batch = to_devices(trainer.mesh, next(iter(train_batches(data, batch_size=BATCH, seed=0))))
-    plans = programs.plan(batch)
+    ahead = programs.ahead(state, batch)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     blob = np.random.default_rng(0).bytes(size)  # As hard to compress as weights.
     names = ["step", "block", "save", "write", "restore", "read", "restore_again", "read_again"]
@@ -71,7 +71,7 @@ def run() -> dict[str, float]:
 
     for i in tqdm(range(REPEATS), desc="measuring"):
       start = time.perf_counter()
-      state, plans, _ = programs.step(state, plans, batch, batch)
+      state, ahead, _ = programs.step(state, ahead, batch, batch)
       jax.block_until_ready(state)
       timed("step", start)
       checkpoints = Checkpoints(folder / f"save{i}")

@@ -75,13 +75,13 @@ def wukong_step(features: FeatureSet, batch: Batch):
   trainer = make_trainer(config, features, steps=1000)
   programs, state = Programs(trainer), trainer.born()
   batch = to_devices(trainer.mesh, batch)
-  plans = programs.plan(batch)
-  state, plans, _ = programs.step(state, plans, batch, batch)
+  ahead = programs.ahead(state, batch)
+  state, ahead, _ = programs.step(state, ahead, batch, batch)
 
   def steps():
-    nonlocal state, plans
+    nonlocal state, ahead
     for _ in range(STEPS):
-      state, plans, report = programs.step(state, plans, batch, batch)
+      state, ahead, report = programs.step(state, ahead, batch, batch)
     report.loss.block_until_ready()
 
   return steps

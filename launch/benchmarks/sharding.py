@@ -85,7 +85,7 @@ def measure(
   tables, stacks = trainer.tables, exchanged(trainer.tables)
   in_program = sum(program_bytes(trainer, batch)[False].values())
   counted = sum(count_bytes(tables, batch, dict.fromkeys(trainer.tables.capacity, 1)).values())
-  take = jax.jit(lambda b: {s.name: plan_step(trainer, b)[s.name].rounds_1 for s in stacks})
+  take = jax.jit(lambda b: {s.name: plan_step(trainer, b).plans[s.name].rounds_1 for s in stacks})
 
   moved, rounds, skew, total = Bytes(), [], [], Counter()
   for batch in batches:

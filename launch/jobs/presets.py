@@ -46,6 +46,24 @@ _OVERLAP = (
     "scatters a layer's gradients in the turn of the next layer",
     _TOOLBOX,
   ),
+  Setting(
+    "--xla_gpu_experimental_parallel_collective_overlap_limit",
+    "4",
+    "a collective may start before the one before it is done, so that links wait for no kernel",
+    "the help of the flag, and launch/plan.py",
+  ),
+  Setting(
+    "--xla_gpu_experimental_enable_heuristic_collective_combining",
+    "false",
+    "gradients of kernels are scattered one by one: all of them together wait for the last",
+    "the help of the flag, and launch/plan.py",
+  ),
+  Setting(
+    "--xla_gpu_reduce_scatter_combine_threshold_bytes",
+    "1048576",
+    "the same: only what is below a megabyte is combined",
+    "the help of the flag, and launch/plan.py",
+  ),
 )
 PRESETS: dict[str, tuple[Setting, ...]] = {
   "default": (),

@@ -190,6 +190,19 @@ def test_rows_and_gradients_in_bfloat16_are_the_rounded_ones():
     np.testing.assert_array_equal(states[1][name].rows_RW, plain[1][name].rows_RW)
 
 
+def test_rows_in_float8_are_those_of_float8_tables():
+  """Looked-up rows are off by half a step of e4m3 at most, and travel as bytes."""
+  _, after = steps(Run(1, 2), 1)
+  narrow = {"exchange_dtype": "float8_e4m3fn", "gradient_dtype": "float8_e4m3fn"}
+  _, looked = steps(Run(1, 2, **narrow), 1)
+  found, plain = looked[0]["row8"], after[0]["row8"]
+  most = np.abs(plain).max(1, keepdims=True)
+  assert (np.abs(found - plain) <= np.maximum(np.abs(plain) / 16, most * 2.0**-17)).all()
+  assert (found != plain).any()
+  # Of floats the scales alone.
+  assert exchanged(Run(2, 2, **narrow)) == {("all_to_all", "float32"), ("all_gather", "float32")}
+
+
 def test_types_that_do_not_exist_are_refused():
   from gemjax.config import Config
 

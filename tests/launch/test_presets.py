@@ -53,6 +53,14 @@ def test_settings_say_why_and_by_whom():
     assert len({s.name for s in preset}) == len(preset)
 
 
+def test_plans_are_scheduled_as_runs_with_overlap_are():
+  from gemjax.plan.target import SCHEDULE_FLAGS
+
+  ours = {f"{s.name}={s.value}" for s in PRESETS["overlap"]}
+  # But for the costs that XLA assumes where a plan gives it none.
+  assert {flag for flag in SCHEDULE_FLAGS if "estimator" not in flag} <= ours
+
+
 def test_flags_that_were_there_are_kept():
   found = environment("overlap", "--xla_dump_to=x")["XLA_FLAGS"]
   assert found.startswith("--xla_dump_to=x --xla_gpu_enable_latency_hiding_scheduler=true")

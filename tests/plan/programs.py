@@ -4,6 +4,7 @@ Run by test_compiled.py in a process of its own, because XLA reads its flags onc
 """
 
 import json
+import pathlib
 import re
 import sys
 
@@ -89,6 +90,30 @@ def hidden(mesh):
 
   args = (((4096, 4096), "bfloat16"), ((128 * 2048, 4096), "bfloat16"))
   return report("hidden", mesh, local, (P(), BOTH), (BOTH, BOTH), args)
+
+
+def scheduled(mesh):
+  """Seconds that the exchange of two rows is said to take -> products scheduled behind it."""
+
+  def local(w, x, y):
+    h = lax.all_to_all(y.reshape(8, -1), "model", 0, 0, tiled=True).reshape(y.shape)
+    for _ in range(4):
+      x = jax.nn.relu(x @ w)
+    return h @ w, x
+
+  fn = jax.shard_map(local, mesh=mesh, in_specs=(P(), BOTH, BOTH), out_specs=BOTH, check_vma=False)
+  shapes = ((4096, 4096), (128 * 2048, 4096), (128 * 8, 4096))
+  args = [abstract(mesh, s, "bfloat16", spec) for s, spec in zip(shapes, (P(), BOTH, BOTH))]
+  done = compile_for(fn, args)
+  found = estimate(done.text, done.collectives, RATES["h100"], 8)
+  (exchange,) = done.collectives
+  behind = {}
+  for seconds in (1e-9, 1.0):
+    profile = pathlib.Path(dump) / "costs.pbtxt"
+    profile.write_text(found._replace(costs=found.costs | {exchange.name: seconds}).profile())
+    (again,) = done.scheduled_by(profile).collectives
+    behind[str(seconds)] = again.matmuls
+  return behind
 
 
 def swapped(mesh):
@@ -177,6 +202,7 @@ print(
       "communication": communication("communication", mesh, DATA, MODEL),
       "wide": communication("wide", mesh_of("h100:16x8", 2, 64), 2, 64),
       "hidden": hidden(mesh_of("h100:16x8", 16, 8)),
+      "scheduled": scheduled(mesh_of("h100:16x8", 16, 8)),
       "swapped": swapped(mesh),
       "add": table("add", mesh, add),
       "add_vector": table("add_vector", mesh, add, width=0),

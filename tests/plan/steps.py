@@ -44,6 +44,11 @@ def get_config(dtype: str) -> c.Config:
   )
 
 
+def elements(params) -> int:
+  """Of kernels that are sharded."""
+  return sum(x.size for x in jax.tree.leaves(params) if placement.sharded(x.sharding.spec))
+
+
 def main(dump: str, mesh: str) -> None:
   data, model = map(int, mesh.split("x"))
   # Five billion rows divide among 64 GPUs, not among 8: XLA overlaps nothing in a program that
@@ -63,11 +68,8 @@ def main(dump: str, mesh: str) -> None:
       {
         "stacks": {name: [s.rows, s.width, s.placement] for name, s in stacks.items()},
         "capacity": step.trainer.tables.capacity,
-        "sharded_kernel_elements": sum(
-          x.size
-          for x in jax.tree.leaves(step.trainer.abstract().params)
-          if placement.sharded(x.sharding.spec)
-        ),
+        "sharded_kernel_elements": elements(step.trainer.abstract().params),
+        "scanned_kernel_elements": elements(step.trainer.abstract().params["model"]["layers"]),
         "collectives": [
           {
             "kind": x.kind, "axes": list(x.axes), "bytes": x.bytes, "async": x.async_,

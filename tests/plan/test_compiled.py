@@ -57,6 +57,11 @@ def test_an_exchange_along_the_wrong_axis_and_a_loop_without_count_are_seen(repo
   assert not found["all-to-all", "data"]["dynamic"]
 
 
+def test_the_schedule_follows_the_costs_that_it_is_given(reports):
+  behind = reports["scheduled"]
+  assert behind["1e-09"] == 0 and behind["1.0"] >= 3
+
+
 def test_an_exchange_beside_matrix_products_is_hidden_behind_them(reports):
   (exchange,) = reports["hidden"]["collectives"]
   assert exchange["async_"] and exchange["overlapped_ops"].get("__cublas$lt$matmul", 0) >= 1

@@ -77,11 +77,73 @@ def test_a_step_is_the_sum_of_its_kernels_and_of_what_is_not_hidden():
   assert done.transfers[0].exposed == pytest.approx(done.exposed)
 
 
+def test_a_profile_tells_the_cost_of_one_execution_of_every_instruction():
+  lines = of_program().profile().splitlines()
+  # In microseconds; of the links twice.
+  gemm, gather = 2 * 4096**3 / 1e9, 2 * (10 + 3 * 2 * 4096**2 / 4e5)
+  expected = {"start": gather, "first": gemm, "new": 2, "g": gemm, "loop": 3 * gemm, "rounds": 2}
+  assert lines == [
+    f'costs {{ name: "{name}" cost_us: {cost:.4f} }}' for name, cost in expected.items()
+  ]
+
+
 def test_what_is_scheduled_behind_the_end_hides_nothing():
   lines = PROGRAM.splitlines()
   at = next(i for i, line in enumerate(lines) if "%done =" in line)
   lines.insert(at - 1, lines.pop(at))
   assert of_program("\n".join(lines)).exposed == pytest.approx(10e-6 + 3 * 2 * 4096**2 / 4e11)
+
+
+def gather_of(name):
+  return f"""(bf16[4096,4096]{{1,0}}, bf16[16384,4096]{{1,0}}) all-gather-start(%{name}), \
+channel_id=1, replica_groups=[2,4]<=[8], dimensions={{0}}, use_global_device_ids=true"""
+
+
+def beside_a_loop(products):
+  """A gather that starts before a loop of three turns and ends behind it; in each turn another one
+  beside some products.
+  """
+  product = f"(bf16[4096,4096]{{1,0}}, s8[33554432]{{0}}) custom-call(%x, %x), {GEMM}"
+  lines = "\n".join(f"  %g{i} = {product}" for i in range(products))
+  return f"""HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%body (b: (s32[], bf16[4096,4096])) -> (s32[], bf16[4096,4096]) {{
+  %b = (s32[], bf16[4096,4096]{{1,0}}) parameter(0)
+  %n = s32[] get-tuple-element(%b), index=0
+  %x = bf16[4096,4096]{{1,0}} get-tuple-element(%b), index=1
+  %inner = {gather_of("x")}
+{lines}
+  %end = bf16[16384,4096]{{1,0}} all-gather-done(%inner)
+  ROOT %o = (s32[], bf16[4096,4096]{{1,0}}) tuple(%n, %x)
+}}
+
+%condition (c: (s32[], bf16[4096,4096])) -> pred[] {{
+  %c = (s32[], bf16[4096,4096]{{1,0}}) parameter(0)
+  ROOT %p = pred[] constant(true)
+}}
+
+ENTRY %main (w: bf16[4096,4096]) -> bf16[16384,4096] {{
+  %w = bf16[4096,4096]{{1,0}} parameter(0)
+  %zero = s32[] constant(0)
+  %outer = {gather_of("w")}
+  %in = (s32[], bf16[4096,4096]{{1,0}}) tuple(%zero, %w)
+  %loop = (s32[], bf16[4096,4096]{{1,0}}) while(%in), condition=%condition, body=%body, \
+backend_config={{"known_trip_count":{{"n":"3"}}}}
+  ROOT %done = bf16[16384,4096]{{1,0}} all-gather-done(%outer)
+}}
+"""
+
+
+def test_what_is_under_way_beside_a_loop_shares_the_links_with_it():
+  gemm, gather = 2 * 4096**3 / 1e15, 10e-6 + 3 * 2 * 4096**2 / 4e11
+  assert gemm < gather < 2 * gemm
+  # Links that never rest: the gathers of the turns, then the one that waited for them.
+  busy = of_program(beside_a_loop(products=1))
+  assert busy.seconds == pytest.approx(4 * gather)
+  assert busy.exposed == pytest.approx(4 * gather - 3 * gemm)
+  # Three products a turn leave the links alone for long enough.
+  idle = of_program(beside_a_loop(products=3))
+  assert idle.seconds == pytest.approx(9 * gemm) and idle.exposed == pytest.approx(0)
 
 
 def test_a_product_of_fp8_takes_half_the_time():

@@ -109,10 +109,10 @@ def run(model, histories, data, model_axis):
   programs = Programs(trainer)
   batches = (to_devices(mesh, make_batch(features, t, mesh.size)) for t in range(STEPS + 1))
   state, upcoming = trainer.born(), next(batches)
-  plans, losses = programs.plan(upcoming), []
+  ahead, losses = programs.ahead(state, upcoming), []
   for _ in range(STEPS):
     batch, upcoming = upcoming, next(batches)
-    state, plans, report = programs.step(state, plans, batch, upcoming)
+    state, ahead, report = programs.step(state, ahead, batch, upcoming)
     losses.append(float(report.loss))
   return np.array(losses), jax.device_get(state)
 

@@ -68,6 +68,15 @@ def step_of(t):
   return step
 
 
+def dense_loss(t, params, tables, b):
+  """Of whole tables, which autodiff can take a gradient of."""
+  at = {name: i.astype(jnp.int32) for name, i in positions(t.tables.layout, b).items()}
+  rows = {name: jnp.pad(tables[name], ((0, 1), (0, 0)))[i] for name, i in at.items()}
+  units, small, _ = assemble(t.tables.layout, rows, b)
+  logits = nnx.merge(t.graph, params)(units, small, b.dense_BF)
+  return binary_cross_entropy(logits, b.label_BT, b.weight_B, jnp.array([1.0, 0.5]), B)
+
+
 def test_a_step_equals_dense_training_of_whole_tables():
   """Gradients by autodiff through full tables, plain SGD on them, Adam on the rest."""
   t = trainer("sgd", weight_decay=0.2)
@@ -75,15 +84,7 @@ def test_a_step_equals_dense_training_of_whole_tables():
   params, opt_state = state.params, state.opt_state
   tables = {w: s.rows_RW for w, s in state.stacks.items()}
   step = jax.jit(step_of(t))
-
-  def dense_loss(params, tables, b):
-    at = {name: i.astype(jnp.int32) for name, i in positions(t.tables.layout, b).items()}
-    rows = {name: jnp.pad(tables[name], ((0, 1), (0, 0)))[i] for name, i in at.items()}
-    units, small, _ = assemble(t.tables.layout, rows, b)
-    logits = nnx.merge(t.graph, params)(units, small, b.dense_BF)
-    return binary_cross_entropy(logits, b.label_BT, b.weight_B, jnp.array([1.0, 0.5]), B)
-
-  oracle = jax.jit(jax.value_and_grad(dense_loss, argnums=(0, 1)))
+  oracle = jax.jit(jax.value_and_grad(functools.partial(dense_loss, t), argnums=(0, 1)))
   for i in range(12):
     b = batch(i)
     state, loss = step(state, b)
