@@ -28,7 +28,7 @@ from gemjax.train.step import look_up_step, plan_step, train_step
 def test_gradients_are_those_of_tables_one_update_ago():
   """Autodiff through full tables as they were before the last update, plain SGD on the new ones."""
   t = test_step.trainer("sgd", lookup="ahead")
-  state = init_state(t)
+  state = init_state(t, 0)
   params, opt_state = state.params, state.opt_state
   old = tables = {w: s.rows_RW for w, s in state.stacks.items()}
   oracle = functools.partial(test_step.dense_loss, t)
