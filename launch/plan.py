@@ -25,8 +25,7 @@ _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, 8 bits and recomputati
 _SCHEDULE = flags.DEFINE_string(
   "schedule",
   None,
-  "File (.pbtxt) for the estimated costs of instructions, by which the step is then scheduled; "
-  "training takes them by XLA_FLAGS=--xla_gpu_pgle_profile_file_or_directory_path=FILE.",
+  "File (.pbtxt) for the estimated costs of instructions, by which the step is then scheduled.",
 )
 _JSON = flags.DEFINE_string("json", None, "File for the figures; default: none is written.")
 

@@ -33,7 +33,9 @@ def completed(state: Any, like: Any) -> Any:
   def placed(array: jax.Array, leaf: Any) -> jax.Array:
     if leaf.sharding is None or array.sharding == leaf.sharding:
       return array
-    return jax.block_until_ready(jax.jit(lambda x: x, out_shardings=leaf.sharding)(array))
+    whole = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=leaf.sharding)(array))
+    array.delete()  # So that no more than one array is held twice.
+    return whole
 
   return jax.tree.map(placed, state, like)
 
@@ -44,9 +46,9 @@ def _divided(leaf: Any) -> Any:
     return leaf
   mesh, spec = sharding.mesh, [*sharding.spec]
   used = {name for entry in spec for name in _names(entry)}
-  free = tuple(name for name in mesh.axis_names if name not in used)
+  free = tuple(n for n in mesh.axis_names if n not in used and mesh.shape[n] > 1)
   first = *_names(spec[0] if spec else None), *free
-  if leaf.shape[0] % math.prod(mesh.shape[name] for name in first):
+  if not free or leaf.shape[0] % math.prod(mesh.shape[name] for name in first):
     return leaf
   finer = NamedSharding(mesh, PartitionSpec(first, *spec[1:]))
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=finer)

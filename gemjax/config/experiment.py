@@ -263,5 +263,8 @@ FREE_ON_RESUME = (
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
   """The first field in which two `to_json` trees differ, in words; free fields excepted."""
   averaged = new["embedding"]["replicas"] == "average"  # Then c = data scales the step.
-  free = tuple(f for f in FREE_ON_RESUME if not (averaged and f == "mesh.data"))
+  bound = {"mesh.data"} if averaged else set()
+  if new["embedding"]["lookup"] == "ahead":  # Rows are read anew at every checkpoint.
+    bound.add("checkpoint.every")
+  free = tuple(f for f in FREE_ON_RESUME if f not in bound)
   return fields.difference(old, new, free=free)

@@ -117,7 +117,7 @@ def by_scan(x_NW: jax.Array, segment_N: jax.Array, *, count: int) -> jax.Array:
     jnp.arange(len(segment_N), dtype=jnp.int32), mode="drop"
   )
   found_U = last_U >= 0
-  total_UW = _scan(x_NW, segment_N).at[last_U].get(mode="clip", indices_are_sorted=True)
+  total_UW = _scan(x_NW, segment_N).at[last_U].get(mode="clip")
   return jnp.where(found_U[:, None], total_UW, 0)
 
 

@@ -34,6 +34,7 @@ from gemjax.embedding.held import Held
 from gemjax.embedding.stack import Stack, StackRule
 from gemjax.embedding.travel import moved
 from pallas_kernels import take_rows
+from pallas_kernels.segments import bisect
 
 PART = 32  # Least columns of a part: 64 bytes of bfloat16, two sectors of a GPU's memory.
 PARTS = 4  # Most; each further one hides less and costs another start of a collective.
@@ -153,7 +154,7 @@ class RowSharded:
     unique_U = unique_U.at[segment_M].set(row_M, indices_are_sorted=True)
     unique_M = jnp.zeros((count,), jnp.int32)
     unique_M = unique_M.at[order_M].set(segment_M, unique_indices=True)
-    last_L = jnp.searchsorted(owner_M, jnp.arange(self.model), side="right")
+    last_L = bisect(owner_M, jnp.arange(self.model), "right")
     number_M = jnp.concatenate([jnp.zeros((1,), jnp.int32), segment_M + 1])
     return Segments(order_M, segment_M, unique_U), unique_M, number_M[last_L]
 
@@ -189,7 +190,7 @@ class RowSharded:
   def _slots(self, unique_U: jax.Array, round_: Round, end_L: jax.Array) -> jax.Array:
     """(U,) int32: where each different row lies among the L * C of the round, or L * C."""
     index_U = jnp.arange(len(unique_U), dtype=jnp.int32)
-    owner_U = jnp.searchsorted(end_L, index_U, side="right").astype(jnp.int32)
+    owner_U = bisect(end_L, index_U, "right")
     inside = lambda bound_L: bound_L.at[owner_U].get(mode="fill", fill_value=0)
     place_U = index_U - inside(round_.begin_L)
     in_round_U = (place_U >= 0) & (index_U < inside(round_.end_L))

@@ -7,8 +7,13 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 import replicas
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gemjax.checkpoint.replicas import divided
+from gemjax.parallel.mesh import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -50,3 +55,13 @@ def test_one_that_cannot_read_ends_all(folder):
   for code, out, err in restored(folder, 2, fault="1"):
     assert code == 1, err
     assert "is sound but could not be read (the cable is out); the same command tries again" in out
+
+
+@pytest.mark.parametrize("mesh, parts", [((1, 4), 4), ((2, 2), 4), ((4, 1), 4)])
+def test_what_is_copied_is_divided_and_nothing_else(mesh, parts, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
+  sharding = NamedSharding(make_mesh(*mesh, jax.devices()[:4]), PartitionSpec("model"))
+  like = jax.ShapeDtypeStruct(replicas.SHAPE, "float32", sharding=sharding)
+  found = divided({"table": like})["table"]
+  assert found.sharding.shard_shape(like.shape)[0] == like.shape[0] // parts
+  assert (found is like) == (mesh[0] == 1)  # Else completing it would be a copy of all.
