@@ -56,7 +56,7 @@ BAD = {
   "refused": (
     lambda q, o: (np.repeat(q, 20, 2),) * 3 + (o,),
     {"implementation": "triton"},
-    "must lie in 16 to 256, is 320",
+    "must lie in 1 to 256, is 320",
   ),
 }  # fmt: skip
 

@@ -59,7 +59,7 @@ def test_an_exchange_along_the_wrong_axis_and_a_loop_without_count_are_seen(repo
 
 def test_the_schedule_follows_the_costs_that_it_is_given(reports):
   behind = reports["scheduled"]
-  assert behind["1e-09"] == 0 and behind["1.0"] >= 3
+  assert behind["1e-09"] <= 1 and behind["1.0"] == 4
 
 
 def test_an_exchange_beside_matrix_products_is_hidden_behind_them(reports):
