@@ -71,6 +71,7 @@ def shard(workdir, step: int, process: int):
   return max(folder.iterdir(), key=lambda f: f.stat().st_size)
 
 
+@SLOW
 def test_a_corrupt_shard_is_passed_over_by_all(finished, data, cache):
   """Both processes go on from the checkpoint before, to the bits of the run that was never hurt."""
   wanted = json.loads((finished / SUMMARY).read_text())

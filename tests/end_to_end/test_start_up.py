@@ -168,6 +168,7 @@ def compiled(out):
   return {line.removeprefix("compiles ") for line in out.splitlines() if "compiles" in line}
 
 
+@pytest.mark.slow
 def test_two_processes_share_what_the_first_compiles(data, tmp_path):
   workdir = tmp_path / "run"
   flags = {

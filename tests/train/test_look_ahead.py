@@ -52,6 +52,7 @@ def test_gradients_are_those_of_tables_one_update_ago():
 
 
 @pytest.mark.skipif(not target.has_cuda_wheels(), reason="compiling for GPUs needs jax[cuda12]")
+@pytest.mark.slow
 def test_tables_are_updated_in_place_on_gpus():
   here = pathlib.Path(__file__)
   paths = ":".join(map(str, (here.parents[2], here.parent)))

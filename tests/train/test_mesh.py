@@ -142,6 +142,7 @@ def mesh(request, smooth):
   return Run(*request.param, make_config())
 
 
+@SLOW
 def test_rows_looked_up_ahead_are_those_of_one_device(one):
   kind, ahead = KINDS[0], make_config(lookup="ahead")
   (losses, state, _), (expected, wanted, _) = (Run(*m, ahead)(kind) for m in ((2, 4), (1, 1)))
