@@ -1,21 +1,15 @@
 """Processes that hold the same rows read them once between them."""
 
 import math
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import pytest
 import replicas
+import side_by_side
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemjax.checkpoint.replicas import divided
 from gemjax.parallel.mesh import make_mesh
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +20,8 @@ def folder(tmp_path_factory):
 
 
 def restored(folder, count, fault="none") -> list[tuple[int, str, str]]:
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  script = pathlib.Path(__file__).with_name("replicas.py")
-  processes = [
-    subprocess.Popen(
-      [sys.executable, script, folder, address, str(count), str(index)],
-      env=os.environ
-      | {"PYTHONPATH": str(ROOT), "FAULT": fault, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"},
-      text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
-    for index in range(count)
-  ]  # fmt: skip
-  ended = [process.communicate(timeout=200) for process in processes]
-  return [(p.returncode, out, err) for p, (out, err) in zip(processes, ended)]
+  alone = {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+  return side_by_side.ended("replicas.py", folder, count, FAULT=fault, **alone)
 
 
 def test_each_reads_its_part(folder):
