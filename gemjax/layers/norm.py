@@ -66,7 +66,7 @@ def _forward(axis, dtype, eps, x, scale, bias):
   # Not mean(x^2) - mean^2, of which nothing is left where x is large and nearly constant.
   inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis, keepdims=True) + eps)
   y = (wide - mean) * inverse * _along(axis, scale, x) + _along(axis, bias, x)
-  return y.astype(dtype), (x, mean, inverse, scale)
+  return written_once(y.astype(dtype)), (x, mean, inverse, scale)
 
 
 def _backward(axis, dtype, eps, kept, gradient):
@@ -83,6 +83,12 @@ def _backward(axis, dtype, eps, kept, gradient):
 
 
 _normalise.defvjp(_forward, _backward)
+
+
+def written_once(x: jax.Array) -> jax.Array:
+  """x itself. For a CPU XLA writes what products read in several shapes once a shape; not this."""
+  barrier = jax.lax.optimization_barrier
+  return jax.lax.platform_dependent(x, cpu=barrier, default=lambda x: x)
 
 
 def _along(axis: int, vector: jax.Array, x: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ from gemjax import config as config_lib
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.interaction import FactorizationMachine, UnitLinear
 from gemjax.layers.mlp import Mlp
-from gemjax.layers.norm import EPS, FrozenBatchNorm, LayerNorm
+from gemjax.layers.norm import EPS, FrozenBatchNorm, LayerNorm, written_once
 from gemjax.layers.saved import ALL, Keeping, run, scan
 from gemjax.models.heads import Heads
 
@@ -122,7 +122,7 @@ class Wukong(nnx.Module):
     )
 
   def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
-    x_BDN = rearrange(x_BND, "b n d -> b d n")
+    x_BDN = written_once(rearrange(x_BND, "b n d -> b d n"))
     kept = self.keeping
     if self.first is not None:
       x_BDN = run(kept, self.first, x_BDN, fold(key_B, 0), layer=0)

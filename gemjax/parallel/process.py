@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import mmap
 import os
 import platform
 import socket
@@ -13,6 +14,8 @@ import types
 from gemjax.parallel.peers import Peers
 from gemjax.parallel.place import Place, ProcessError, resolve
 from gemjax.parallel.rollcall import Roll, answer_roll
+
+HUGE_PAGE = 2 << 20  # Bytes.
 
 
 def set_up_process() -> None:
@@ -106,7 +109,8 @@ def _has_driver() -> bool:
 
 
 def _keep_freed_memory() -> None:
-  """Stops glibc from giving large buffers back to the kernel after every step.
+  """Stops glibc from giving large buffers back to the kernel after every step, and puts its heap
+  into huge pages where the kernel gives them to those that ask.
 
   XLA's CPU client allocates each output and temporary anew. Above 32 MB glibc maps and unmaps
   them, and the page faults cost more than the arithmetic: a gather of 160,000 rows of 64 floats
@@ -123,3 +127,12 @@ def _keep_freed_memory() -> None:
     (arena_max, 1),
   ):
     libc.mallopt(name, value)
+  libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+  libc.free.argtypes = [ctypes.c_void_p]
+  libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+  # The heap keeps the address space that this makes it take, of which no page is touched.
+  size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+  if heap := libc.malloc(size):
+    start = -(-heap // HUGE_PAGE) * HUGE_PAGE
+    libc.madvise(start, heap + size - start, mmap.MADV_HUGEPAGE)  # Where refused, all is as before.
+    libc.free(heap)
