@@ -19,7 +19,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -94,16 +94,16 @@ class Snapshots:
     found = first_of_all(found)
     return json.loads(found) if found else None
 
-  def restore(self, like: Any, after: int) -> tuple[Restored | None, list[str]]:
-    """(the newest snapshot above step `after` of which every shard is found, if there is one; a
-    sentence for each newer one that was passed over).
+  def restore(self, like: Any, steps: Iterable[int]) -> tuple[Restored | None, list[str]]:
+    """(the first of these `steps` of which every shard is found, if there is one; a sentence for
+    each that was passed over).
 
     Args:
       like: Tree of arrays or `jax.ShapeDtypeStruct`.
-      after: Step of the newest checkpoint.
+      steps: Of snapshots.
     """
     passed: list[str] = []
-    for step in self.steps(after):
+    for step in steps:
       restored, lacking = self._read(step, like)
       if restored:
         return restored, passed

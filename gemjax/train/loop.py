@@ -93,7 +93,7 @@ class _Run:
     with ThreadPoolExecutor(1, "compile") as beside:
       ready = beside.submit(self._prepare)
       with self.phases("state"):
-        restored = self.recovery.restore(self.trainer.abstract())
+        restored = self.recovery.restore(self.trainer.abstract)
         state = restored.state if restored else self.programs.born()
         jax.block_until_ready(state)
       with self.phases("wait for programs"):

@@ -66,10 +66,15 @@ class Recovery:
     newest = (saved_steps(self._folder.path) or [-1])[-1]
     return int(of_all_processes(np.array([newest])).max())
 
+  @functools.cached_property
+  def _newer(self) -> list[int]:
+    """Steps of the snapshots that were newer than that, the newest first."""
+    return self.snapshots.steps(self._saved) if self.snapshots else []
+
   def likely_notes(self) -> dict[str, Any] | None:
     """Those of what `restore` will find, if it is sound; the same for all processes."""
-    if self.snapshots and (steps := self.snapshots.steps(self._saved)):
-      return self.snapshots.notes(steps[0])
+    if self._newer:
+      return self.snapshots.notes(self._newer[0])
     if self._saved < 0:
       return None
     from gemjax.checkpoint import CheckpointError
@@ -83,20 +88,20 @@ class Recovery:
     # Disks may show processes different things.
     return None if step < 0 or seen.min() < seen.max() else notes
 
-  def restore(self, like: Any) -> Restored | None:
-    """The newest state that is sound, if there is any, shaped and placed as `like`.
+  def restore(self, like: Callable[[], Any]) -> Restored | None:
+    """The newest state that is sound, if there is any, shaped and placed as `like()`.
 
     Raises:
       CheckpointError: there are checkpoints, none of which can be read.
     """
-    restored, kind = None, "local snapshot"
-    if self.snapshots:
-      restored, passed = self.snapshots.restore(like, self._saved)
+    restored, kind, taken = None, "local snapshot", None
+    if self._newer:
+      restored, passed = self.snapshots.restore(like(), self._newer)
+      taken = restored and restored.step
       for line in passed:
         self._say(line)
-    taken = restored.step if restored else None
     if restored is None and self._saved >= 0:
-      restored, kind = self.checkpoints.restore(like), "checkpoint"
+      restored, kind = self.checkpoints.restore(like()), "checkpoint"
     if self.snapshots:
       self.snapshots.keep(taken)
     if restored:

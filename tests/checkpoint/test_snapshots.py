@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import side_by_side
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemjax.checkpoint import CheckpointError, Snapshots
@@ -39,7 +40,10 @@ def state(mesh, seed=0):
     "small": (jnp.int32(-seed), jnp.full(3, -0.0)),
   }
   place = lambda spec, sub: jax.tree.map(
-    lambda x: jax.device_put(x, NamedSharding(mesh, spec)), sub
+    lambda x: jax.make_array_from_callback(
+      x.shape, NamedSharding(mesh, spec), lambda index: np.asarray(x)[index]
+    ),
+    sub,
   )
   return {name: place(SPECS[name], sub) for name, sub in tree.items()}
 
@@ -78,11 +82,11 @@ def saved(folder, *steps, mesh=None, **options):
 
 def test_every_bit_comes_back_to_where_it_was(mesh, folder):
   snapshots, asked = saved(folder, 7, mesh=mesh)
-  found, passed = snapshots.restore(asked, after=6)
+  found, passed = snapshots.restore(asked, snapshots.steps(after=6))
   same(found.state, state(mesh, 7))
   assert (found.step, found.notes, found.passed, passed) == (7, {"step": 7}, (), [])
   assert snapshots.notes(7) == {"step": 7}
-  assert snapshots.restore(asked, after=7) == (None, [])
+  assert snapshots.steps(after=7) == []
 
 
 def test_a_shard_is_written_once_whatever_holds_it(folder):
@@ -106,7 +110,7 @@ def test_donating_the_state_at_once_does_not_reach_the_snapshot(folder):
   asked = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)}
   snapshots.wait()
   for number in (3, 2):
-    found, _ = snapshots.restore(asked, after=1)
+    found, _ = snapshots.restore(asked, snapshots.steps(after=1))
     assert found.step == number
     assert np.unique(found.state["x"]).tolist() == [3 * number]
     shutil.rmtree(folder / f"{number:09d}.0")
@@ -120,7 +124,7 @@ def test_two_are_kept_and_others_leave_no_trace(folder):
   assert Snapshots(folder).steps(after=0) == [4, 3]
   snapshots.keep(4)
   assert [f.name for f in folder.iterdir()] == ["000000004.0"]
-  found, _ = snapshots.restore(asked, after=0)
+  found, _ = snapshots.restore(asked, snapshots.steps(after=0))
   assert found.step == 4
   snapshots.clear()
   assert not folder.exists() and folder.parent.exists()
@@ -141,7 +145,7 @@ def test_whatever_byte_is_hurt_the_one_before_is_taken(folder, tmp_path):
         target.write_bytes(content[: len(content) // 2])
       else:
         target.unlink()
-      found, passed = Snapshots(copy).restore(asked, after=0)
+      found, passed = Snapshots(copy).restore(asked, [2, 1])
       assert found.step == 1, (file, harm)
       same(found.state, state(mesh, 1))
       (sentence,) = passed
@@ -182,7 +186,8 @@ def test_a_kill_at_any_call_of_the_operating_system_leaves_the_one_before(folder
         moments += 1
       else:
         break
-    found, passed = Snapshots(folder).restore(asked, after=0)
+    again = Snapshots(folder)
+    found, passed = again.restore(asked, again.steps(after=0))
     assert found.step in (2, 3) and not passed
     same(found.state, state(mesh, found.step))
   assert moments >= 10, moments
@@ -211,13 +216,13 @@ def test_a_disk_that_is_full_for_a_while_is_told_once(folder, monkeypatch):
   full = False
   snapshots.save(4, state(mesh, 4), {})
   snapshots.wait()
-  assert snapshots.restore(asked, after=0)[0].step == 4 and len(said) == 1
+  assert snapshots.restore(asked, snapshots.steps(after=0))[0].step == 4 and len(said) == 1
 
 
 def test_another_mesh_has_no_use_for_it_unless_the_shards_are_the_same(folder):
   snapshots, _ = saved(folder, 3, mesh=make_mesh(1, 4, jax.devices()[:4]))
   other = like(state(make_mesh(1, 2, jax.devices()[:2])))
-  found, (sentence,) = snapshots.restore(other, after=0)
+  found, (sentence,) = snapshots.restore(other, [3])
   assert found is None
   assert sentence == "what process 0 has is of another mesh: step 3 is passed over"
 
@@ -226,3 +231,13 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(CheckpointError, match=r"file/run cannot be made \(Not a directory\); name"):
     Snapshots(tmp_path / "file" / "run")
+
+
+def test_a_lost_disk_costs_nothing_where_others_hold_the_same(tmp_path):
+  alone = {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2"}
+  for code, out, err in side_by_side.ended("given.py", tmp_path, 2, **alone):
+    assert code == 0, err
+    assert out.splitlines()[-2:] == [
+      "copied, 2, process 1 has no snapshot: step 2 is read from its replicas",
+      "split, 1, process 1 has no snapshot: step 2 is passed over",
+    ]

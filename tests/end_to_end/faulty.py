@@ -1,7 +1,7 @@
 """The tiny config whose training fails on purpose: FAULT=KIND:RANK:BATCH in the environment.
 
-The process of that rank, asked for that batch, is killed, is stopped, sleeps for ever, raises, or
-finds its disk full from then on.
+The process of that rank, asked for that batch, is killed, is stopped, sleeps for ever, raises,
+finds its disk full from then on, or is slow from then on.
 """
 
 import os
@@ -26,7 +26,10 @@ def _inject(kind: str, batch: int) -> None:
   advance, asked = Feed.advance, iter(range(1, 1_000_000))
 
   def faulty(self):
-    if next(asked) == batch:
+    number = next(asked)
+    if kind == "slow" and number >= batch:
+      time.sleep(0.05)
+    elif number == batch:
       print(f"fault: {kind}", flush=True)
       if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
