@@ -11,6 +11,7 @@ import collections
 import math
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def read_shards(folder: pathlib.Path, like: Any) -> Any:
     ValueError: as TensorStore reports what it cannot read or decode.
   """
   leaves, tree = jax.tree_util.tree_flatten_with_path(like)
-  names, leaves = [_name(path) for path, _ in leaves], [leaf for _, leaf in leaves]
+  names, leaves = [name_of(path) for path, _ in leaves], [leaf for _, leaf in leaves]
   context = ts.Context()
   stores = _open(folder, names, context)
   for name, leaf, store in zip(names, leaves, stores, strict=True):
@@ -64,7 +65,7 @@ def read_shards(folder: pathlib.Path, like: Any) -> Any:
   def finish(one: _Pending) -> None:
     for future in one.futures:
       future.result()
-    arrays[one.place] = _placed(leaves[one.place], one.parts)
+    arrays[one.place] = placed(leaves[one.place], one.parts)
 
   with ThreadPoolExecutor(THREADS) as pool:
     try:
@@ -79,7 +80,7 @@ def read_shards(folder: pathlib.Path, like: Any) -> Any:
   return jax.tree.unflatten(tree, arrays)
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def name_of(path: tuple[Any, ...]) -> str:
   """As Orbax names an array: its path in the tree, joined by dots."""
   keys = (
     getattr(key, kind) for key in path for kind in ("key", "idx", "name") if hasattr(key, kind)
@@ -100,8 +101,8 @@ def _open(folder: pathlib.Path, names: list[str], context: ts.Context) -> list[t
 
 def _begin(pool, place: int, leaf: Any, store: ts.TensorStore, context: ts.Context) -> _Pending:
   """Starts to read what the devices of this process hold of an array, each part of it once."""
-  indices = set(_indices(leaf).values())
-  parts = {i: _aligned([b - a for a, b in i], leaf.dtype) for i in indices}
+  indices = set(indices_of(leaf).values())
+  parts = {i: aligned([b - a for a, b in i], leaf.dtype) for i in indices}
   rows = (store.chunk_layout.read_chunk.shape or (1,))[0]
   futures = []
 
@@ -121,32 +122,37 @@ def _begin(pool, place: int, leaf: Any, store: ts.TensorStore, context: ts.Conte
   return _Pending(place, parts, futures, sum(out.nbytes for out in parts.values()))
 
 
-def _placed(leaf: Any, parts: dict[Index, np.ndarray]) -> jax.Array:
-  indices = _indices(leaf)
+def placed(leaf: Any, parts: Mapping[Index, np.ndarray]) -> jax.Array:
+  """The array whose shards on this process are `parts`, shaped and placed as `leaf`."""
+  indices = indices_of(leaf)
   # Devices that hold the same do not share it.
   first = {index: device for device, index in reversed(indices.items())}
   held = [
     jax.device_put(parts[index], device, may_alias=first[index] == device)
     for device, index in indices.items()
   ]
-  return jax.make_array_from_single_device_arrays(leaf.shape, _sharding(leaf), held)
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding_of(leaf), held)
 
 
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """An array that a CPU device may take without a copy."""
   size = math.prod(shape) * np.dtype(dtype).itemsize
   memory = np.empty(size + ALIGNED, np.uint8)
   start = -memory.ctypes.data % ALIGNED
   return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _indices(leaf: Any) -> dict[jax.Device, Index]:
+def indices_of(leaf: Any) -> dict[jax.Device, Index]:
   """What each device of this process holds."""
-  found = _sharding(leaf).addressable_devices_indices_map(leaf.shape)
-  return {
-    device: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
-    for device, index in found.items()
-  }
+  found = sharding_of(leaf).addressable_devices_indices_map(leaf.shape)
+  return {device: bounds(index, leaf.shape) for device, index in found.items()}
 
 
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
+def bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
+  """Where a shard lies in an array of this shape, as JAX tells it in slices."""
+  return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def sharding_of(leaf: Any) -> jax.sharding.Sharding:
+  """Where `leaf` lies: one device unless it says."""
   return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -115,6 +115,9 @@ class Memory:
 class Checkpoint:
   every: int = 0  # Steps; 0: at every evaluation.
   keep: int = 2  # Latest kept, beside the best.
+  # Snapshots between them: a folder on each host's own disk, as /dev/shm/gemjax, and steps.
+  local: str = ""
+  local_every: int = 0
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -236,6 +239,9 @@ class Config:
     one_of(train.stop_metric, "train.stop_metric", "auc", "gauc", "ne", "log_loss")
     _need(self.checkpoint.every >= 0, "checkpoint.every", self.checkpoint.every, "at least 0")
     _need(self.checkpoint.keep >= 1, "checkpoint.keep", self.checkpoint.keep, "at least 1")
+    local, every = self.checkpoint.local, self.checkpoint.local_every
+    law = "positive where checkpoint.local is a folder, and 0 where it is empty"
+    _need(every > 0 if local else every == 0, "checkpoint.local_every", every, law)
     law = "workdir, off or a folder"
     _need(self.compilation.cache, "compilation.cache", self.compilation.cache, law)
 
@@ -256,6 +262,8 @@ FREE_ON_RESUME = (
   "train.patience",
   "checkpoint.every",
   "checkpoint.keep",
+  "checkpoint.local",
+  "checkpoint.local_every",
   "compilation.cache",
 )  # fmt: skip
 
@@ -264,7 +272,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
   """The first field in which two `to_json` trees differ, in words; free fields excepted."""
   averaged = new["embedding"]["replicas"] == "average"  # Then c = data scales the step.
   bound = {"mesh.data"} if averaged else set()
-  if new["embedding"]["lookup"] == "ahead":  # Rows are read anew at every checkpoint.
-    bound.add("checkpoint.every")
+  if new["embedding"]["lookup"] == "ahead":  # Rows are read anew at every checkpoint and snapshot.
+    bound |= {"checkpoint.every", "checkpoint.local_every"}
   free = tuple(f for f in FREE_ON_RESUME if f not in bound)
   return fields.difference(old, new, free=free)

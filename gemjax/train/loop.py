@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import pathlib
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,15 +19,13 @@ from gemjax.train import summary as summary_lib
 from gemjax.train.evaluate import PredictionError, evaluate
 from gemjax.train.finite import NonFiniteError, first_not_finite, learning_rate
 from gemjax.train.progress import Phases, Progress
+from gemjax.train.recovery import Recovery
 from gemjax.train.setup import Setup, evaluation, set_up
 from gemjax.train.state import TrainState, parameter_counts
 from gemjax.train.step import Report
 from gemjax.train.stopping import BestSoFar
 from gemjax.train.termination import Terminated, Termination
-from gemjax.train.workdir import CHECKPOINTS, SUMMARY, Workdir, saved_steps, write_json
-
-if TYPE_CHECKING:
-  from gemjax.checkpoint import Checkpoints, Restored
+from gemjax.train.workdir import SUMMARY, Workdir, saved_steps, write_json
 
 
 def train(
@@ -74,57 +71,39 @@ class _Run:
     self.valid: dict[str, Any] = {}  # Results of the best evaluation.
     self.train_loss = math.nan  # Mean since the evaluation before.
     self.seconds = 0.0  # In steps, over all starts, without compilation.
-    self._open = contextlib.ExitStack()
+    self.recovery = Recovery(config.checkpoint, folder, self.progress.say)
 
   def run(self) -> dict[str, Any]:
     """Resume or begin, train, choose the best, test, report."""
     self.termination.deferred = True
-    with contextlib.closing(self.progress), self._open:
+    with contextlib.closing(self.progress), self.recovery:
       state = self._train(self._begin())
-      self.checkpoints.wait()
+      self.recovery.end()
       return self._report(state)
-
-  @functools.cached_property
-  def checkpoints(self) -> Checkpoints:
-    """Opened when a state is first restored or saved: Orbax takes a third of a second to import."""
-    from gemjax.checkpoint import Checkpoints
-
-    checkpoints = Checkpoints(self.folder.path / CHECKPOINTS, keep=self.config.checkpoint.keep)
-    return self._open.enter_context(checkpoints)
 
   def _begin(self) -> TrainState:
     """The last sound state, or the first, while a thread reads batches and has programs ready."""
-    resumed = bool(of_all_processes(np.array([len(saved_steps(self.folder.path))])).max())
-    position = self._likely_position() if resumed else None
+    beginning, notes = self.feed.get_state(), self.recovery.likely_notes()
+    likely = notes["position"] if notes else beginning
+    if notes:
+      self.feed.set_state(likely)
     self.peers.phase("first batch")
     # By a program of all processes: not beside Orbax, which runs some of its own.
     self.programs.measure(lambda: self.feed.upcoming)
     with ThreadPoolExecutor(1, "compile") as beside:
       ready = beside.submit(self._prepare)
       with self.phases("state"):
-        restored = self.checkpoints.restore(self.trainer.abstract()) if resumed else None
+        restored = self.recovery.restore(self.trainer.abstract)
         state = restored.state if restored else self.programs.born()
         jax.block_until_ready(state)
       with self.phases("wait for programs"):
         ready.result()
+    position = restored.notes["position"] if restored else beginning
+    if position != likely:
+      self.feed.set_state(position)
     if restored:
-      self._recall(restored, position)
+      self._recall(restored.notes)
     return state
-
-  def _likely_position(self) -> Any:
-    """Where the latest checkpoint goes on, if all find its notes sound, and the feed set to it."""
-    from gemjax.checkpoint import CheckpointError
-
-    try:
-      notes = self.checkpoints.notes()
-      step = self.checkpoints.steps[-1]
-    except CheckpointError:  # Another one will do.
-      notes, step = {}, -1
-    seen = of_all_processes(np.array([step]))
-    if step < 0 or seen.min() < seen.max():  # Disks may show processes different things.
-      return None
-    self.feed.set_state(notes["position"])
-    return notes["position"]
 
   def _prepare(self) -> None:
     start = time.perf_counter()
@@ -160,22 +139,24 @@ class _Run:
       evaluating = done == self.steps or (done % self.eval_interval == 0 and not near_end)
       saving = whole and self._due(self.config.checkpoint.every, done)
       stopping = whole and self._stop_requested(done)
+      lasting = evaluating or saving or stopping
+      between = whole and self._due(self.config.checkpoint.local_every, done)
       if done % train.log_every == 0 or evaluating:
         self._log(state, done, reports)
         reports = []
-      if evaluating or saving or stopping:
+      if lasting or between:
         # Before anything is kept: a checkpoint never holds a value that is not finite.
         self._check_finite(state)
         self.seconds += self._clock() - start
         if evaluating:
           state = self._evaluate(state, done)
-        self._save(state, done)
+        self._save(state, done, lasting=lasting)
         if ahead.rows is not None:  # As a run that resumes from here will read them.
           ahead = self.programs.ahead(state, upcoming)
         start = self._clock()
       if stopping:
         self.peers.agree_to_end()
-        self.checkpoints.wait()
+        self.recovery.end()
         at = f"after step {done:,} of {self.steps:,}, which is saved"
         raise Terminated(f"stopped by SIGTERM {at}; the same command goes on from there")
     return state
@@ -217,8 +198,8 @@ class _Run:
       raise self._not_finite(*found)
 
   def _not_finite(self, step: int, parts: list[str]) -> NonFiniteError:
-    self.checkpoints.wait()
-    return NonFiniteError(self.trainer, step, parts, self.checkpoints.steps)
+    self.recovery.checkpoints.wait()
+    return NonFiniteError(self.trainer, step, parts, self.recovery.checkpoints.steps)
 
   def _evaluate(self, state: TrainState, done: int) -> TrainState:
     """Measures on valid, remembers the best, and begins a new window of training metrics."""
@@ -241,7 +222,7 @@ class _Run:
     except PredictionError as error:
       raise self._not_finite(int(state.step) - 1, [f"{split}: {error}"]) from error
 
-  def _save(self, state: TrainState, done: int) -> None:
+  def _save(self, state: TrainState, done: int, *, lasting: bool) -> None:
     self.peers.phase(f"save of step {done:,}")
     notes = {
       "position": self.feed.get_state(),
@@ -253,25 +234,21 @@ class _Run:
       "config": self.config.to_json(),
       "features": self.data.features.to_json(),
     }
-    self.checkpoints.save(done, state, notes, best=self.best.step)
+    save = self.recovery.save if lasting else self.recovery.snapshot
+    save(done, state, notes, best=self.best.step)
 
-  def _recall(self, restored: Restored, position: Any) -> None:
-    """Goes on where the run was when it saved this checkpoint; the feed is at `position`."""
-    notes = restored.notes
-    if notes["position"] != position:
-      self.feed.set_state(notes["position"])
+  def _recall(self, notes: dict[str, Any]) -> None:
+    """Goes on where the run was when it saved these."""
     self.best = BestSoFar(**notes["best"])
     self.valid, self.train_loss, self.seconds = (
       notes[n] for n in ("valid", "train_loss", "seconds")
     )
-    for line in (*restored.passed, f"resuming from the checkpoint of step {restored.step:,}"):
-      self.progress.say(line)
 
   def _report(self, state: TrainState) -> dict[str, Any]:
     """Tests the best checkpoint and writes the summary."""
     done = int(state.step)
     if self.best.step is not None and self.best.step != done:
-      state = self.checkpoints.restore(self.trainer.abstract(), self.best.step).state
+      state = self.recovery.checkpoints.restore(self.trainer.abstract(), self.best.step).state
     test = self._results(state, "test")
     batch = self.config.data.batch_size
     summary = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
+import secrets
 from typing import Any
 
 from gemjax import config as config_lib
@@ -30,6 +32,7 @@ class Workdir:
       raise WorkdirError("--workdir is empty; name the folder of this run")
     self.path = pathlib.Path(path).absolute()
     self.first = first
+    self.life = 0  # As `claim` finds it; of the first process only.
     if not first:
       return
     try:
@@ -65,6 +68,9 @@ class Workdir:
     """Records config, features and the digest of every split of the data; where there are
     checkpoints, they must agree with the record.
 
+    Where hosts keep snapshots it records a number, too, by which they are known as this run's:
+    another one whenever training begins anew, as with another config or without CHECKPOINTS.
+
     Raises:
       WorkdirError: the field that differs, with both values.
     """
@@ -84,8 +90,23 @@ class Workdir:
             "other examples; name the data of the run, or another --workdir"
           )
     tree = {"config": config.to_json(), "features": features.to_json(), "digests": digests}
-    if self.first:
-      write_json(self.path / RUN, tree)
+    if not self.first:
+      return
+    if config.checkpoint.local:
+      tree["life"] = self.life = self._life(tree)
+      (self.path / CHECKPOINTS).mkdir(exist_ok=True)
+    write_json(self.path / RUN, tree)
+
+  def _life(self, tree: dict[str, Any]) -> int:
+    """That of the record, if this start can go on with it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      before, now = json.loads((self.path / RUN).read_text()), json.loads(json.dumps(tree))
+      same = config_lib.difference(before["config"], now["config"]) is None and all(
+        before[name] == now[name] for name in ("features", "digests")
+      )
+      if same and (self.path / CHECKPOINTS).is_dir():
+        return int(before["life"])
+    return secrets.randbits(31)
 
 
 def saved_steps(path: pathlib.Path) -> list[int]:

@@ -3,7 +3,8 @@
 Both use the same disk in turns: written until the disk has it all, read when memory has none of it.
 A restore comes once in a process, at its start: restoring and reading have a new one each, whose
 memory is untouched. `again` are both in the process that trains, whose memory has been in use, so
-that reading a file costs hardly more than one copy. Figures are medians.
+that reading a file costs hardly more than one copy. Snapshots are written to the same disk. Figures
+are medians.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.data import criteo_like
 from benchmarks.own_process import OwnProcess
 from tqdm import tqdm
 
-from gemjax.checkpoint import Checkpoints
+from gemjax.checkpoint import Checkpoints, Snapshots
 from gemjax.config import Config, Embedding, Wukong
 from gemjax.data.pipeline import train_batches
 from gemjax.data.prepared import open_prepared
@@ -36,9 +37,10 @@ CONFIG = Config(name="benchmark", embedding=Embedding(dim=64), model=Wukong())
 class _Reader:
   """What a process of its own does: restore, or read a plain file."""
 
-  def __init__(self, data: pathlib.Path, checkpoints: pathlib.Path):
+  def __init__(self, data: pathlib.Path, checkpoints: pathlib.Path, snapshots: pathlib.Path):
     trainer = make_trainer(CONFIG, open_prepared(data).features, steps=1000)
     self._checkpoints, self._like = Checkpoints(checkpoints, read_only=True), trainer.abstract()
+    self._snapshots = Snapshots(snapshots)
 
   def ready(self) -> None:
     """Returns when all of it is imported."""
@@ -46,13 +48,17 @@ class _Reader:
   def restore(self) -> None:
     jax.block_until_ready(self._checkpoints.restore(self._like).state)
 
+  def restore_snapshot(self) -> None:
+    steps = self._snapshots.steps(after=-1)
+    jax.block_until_ready(self._snapshots.restore(self._like, steps)[0].state)
+
   def read(self, file: pathlib.Path) -> None:
     _read(file)
 
 
 def run() -> dict[str, float]:
   """Ratios of bandwidth, above 1 where the checkpoint is the faster, and the time that training
-  stands still for a save, in steps.
+  stands still for a save or a snapshot, in steps.
   """
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -63,7 +69,8 @@ def run() -> dict[str, float]:
     ahead = programs.ahead(state, batch)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     blob = np.random.default_rng(0).bytes(size)  # As hard to compress as weights.
-    names = ["step", "block", "save", "write", "restore", "read", "restore_again", "read_again"]
+    names = ["step", "block", "save", "snapshot_block", "snapshot", "write"]
+    names += ["restore", "restore_snapshot", "read", "restore_again", "read_again"]
     seconds: dict[str, list[float]] = {name: [] for name in names}
 
     def timed(what: str, start: float) -> None:
@@ -81,12 +88,22 @@ def run() -> dict[str, float]:
       checkpoints.wait()
       os.sync()
       timed("save", start)
+      snapshots = Snapshots(folder / f"local{i}")
+      start = time.perf_counter()
+      snapshots.save(i, state, {})
+      timed("snapshot_block", start)
+      snapshots.wait()
+      os.sync()
+      timed("snapshot", start)
       start = time.perf_counter()
       (folder / "plain").write_bytes(blob)
       os.sync()
       timed("write", start)
-      for what, given in (("restore", ()), ("read", (folder / "plain",))):
-        process = OwnProcess(_Reader, folder / "criteo", folder / f"save{i}", tuned=True)
+      for what, given in (
+        ("restore", ()), ("restore_snapshot", ()), ("read", (folder / "plain",)),
+      ):  # fmt: skip
+        stored = (folder / f"save{i}", folder / f"local{i}")
+        process = OwnProcess(_Reader, folder / "criteo", *stored, tuned=True)
         process.call("ready")
         _forget(folder)
         seconds[what].append(process.call(what, *given)[1])
@@ -101,6 +118,8 @@ def run() -> dict[str, float]:
       timed("read_again", start)
       del restored
       checkpoints.close()
+      snapshots.close()
+      snapshots.clear()
       shutil.rmtree(folder / f"save{i}")
       (folder / "plain").unlink()
   median = {what: statistics.median(s[1:]) for what, s in seconds.items()}  # The first compiles.
@@ -111,6 +130,9 @@ def run() -> dict[str, float]:
     "restore_again_over_file_io": median["read_again"] / median["restore_again"],
     "save_over_file_io": median["write"] / median["save"],
     "save_blocks_steps": median["block"] / median["step"],
+    "snapshot_over_file_io": median["write"] / median["snapshot"],
+    "snapshot_restore_over_file_io": median["read"] / median["restore_snapshot"],
+    "snapshot_blocks_steps": median["snapshot_block"] / median["step"],
   }
 
 

@@ -1,10 +1,12 @@
 """One data set and one trained run for all tests of this folder; compiled programs are shared."""
 
+import functools
 import os
 import shutil
 
 import jax
 import pytest
+import snapshotting
 import tiny
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -62,3 +64,33 @@ def trained(_trained, config, tmp_path):
   if not _trained.exists():
     train(config, _trained)
   return shutil.copytree(_trained, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def compiled(cache):
+  """Nothing is even traced twice."""
+  return cache / "snapshots"
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, data, compiled):
+  """Finished runs by mesh; one process gives the bits of several."""
+
+  @functools.cache
+  def of(*mesh):
+    folder = tmp_path_factory.mktemp("unbroken")
+    train(snapshotting.few_checkpoints(data, compiled, folder / "local", mesh), folder / "run")
+    assert not list((folder / "local").iterdir())
+    return folder / "run"
+
+  return of
+
+
+@pytest.fixture
+def local(tmp_path):
+  return tmp_path / "local"
+
+
+@pytest.fixture
+def kept(data, compiled, local):
+  return snapshotting.few_checkpoints(data, compiled, local)

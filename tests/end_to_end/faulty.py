@@ -1,7 +1,8 @@
 """The tiny config whose training fails on purpose: FAULT=KIND:RANK:BATCH in the environment.
 
-The process of that rank, asked for that batch, is killed, is stopped, sleeps for ever, raises, or
-finds its disk full from then on.
+The process of that rank, asked for that batch, is killed, is stopped, sleeps for ever, raises,
+finds its disk full from then on, or is slow from then on. KIND half: it is killed with half of
+the snapshot of that number written.
 """
 
 import os
@@ -21,12 +22,17 @@ def get_config(model: str = "wukong"):
 
 
 def _inject(kind: str, batch: int) -> None:
+  if kind == "half":
+    return _write_half(batch)
   from gemjax.train.feed import Feed
 
   advance, asked = Feed.advance, iter(range(1, 1_000_000))
 
   def faulty(self):
-    if next(asked) == batch:
+    number = next(asked)
+    if kind == "slow" and number >= batch:
+      time.sleep(0.05)
+    elif number == batch:
       print(f"fault: {kind}", flush=True)
       if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -41,3 +47,17 @@ def _inject(kind: str, batch: int) -> None:
     return advance(self)
 
   Feed.advance = faulty
+
+
+def _write_half(number: int) -> None:
+  from gemjax.checkpoint import snapshots
+
+  write, asked = snapshots.write_parts, iter(range(1, 1_000_000))
+
+  def half(folder, parts):
+    if next(asked) < number:
+      return write(folder, parts)
+    write(folder, dict(list(parts.items())[: len(parts) // 2]))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+  snapshots.write_parts = half

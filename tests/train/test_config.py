@@ -62,6 +62,15 @@ def test_any_field_of_another_type_is_refused_and_any_change_is_seen(path):
     assert found == f"config.{path} was {value!r} and is now {getattr(holder, name)!r}"
 
 
+@pytest.mark.parametrize("local, every", [("/dev/shm/x", 0), ("", 5), ("/dev/shm/x", -5)])
+def test_snapshots_want_a_folder_and_steps(local, every):
+  config = c.Config(name="x", checkpoint=c.Checkpoint(local=local, local_every=every))
+  with pytest.raises(
+    c.ConfigError, match=f"^config.checkpoint.local_every is {every}, but must be"
+  ):
+    config.validate()
+
+
 def test_free_fields_exist():
   assert set(c.FREE_ON_RESUME) <= {p for p, _, _ in numbers(c.Config(name="x"))}
 

@@ -1,0 +1,129 @@
+"""What a run that was interrupted goes on from: checkpoints, which last, on a disk that all hosts
+share, and if the config asks for them snapshots between two of those, on each host's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemjax import config as config_lib
+from gemjax.parallel.arrays import of_all_processes
+from gemjax.train.workdir import CHECKPOINTS, Workdir, saved_steps
+
+if TYPE_CHECKING:
+  from gemjax.checkpoint import Checkpoints, Restored, Snapshots
+
+
+class Recovery:
+  """Of one run; a context. All processes must call every method alike.
+
+  Args:
+    config: Of checkpoints.
+    folder: Of the run.
+    say: Is told in sentences what is gone on from, and what is not.
+  """
+
+  def __init__(self, config: config_lib.Checkpoint, folder: Workdir, say: Callable[[str], None]):
+    self._config, self._folder, self._say = config, folder, say
+    self._open = contextlib.ExitStack()
+
+  def __enter__(self) -> Recovery:
+    return self
+
+  def __exit__(self, *error) -> bool | None:
+    return self._open.__exit__(*error)
+
+  @functools.cached_property
+  def checkpoints(self) -> Checkpoints:
+    """Opened when a state is first restored or saved: Orbax takes a third of a second to import."""
+    from gemjax.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(self._folder.path / CHECKPOINTS, keep=self._config.keep)
+    return self._open.enter_context(checkpoints)
+
+  @functools.cached_property
+  def snapshots(self) -> Snapshots | None:
+    """Of this life of the run, if it takes any."""
+    if not self._config.local:
+      return None
+    from gemjax.checkpoint import Snapshots
+
+    life = int(of_all_processes(np.array([self._folder.life]))[0])
+    directory = pathlib.Path(self._config.local) / f"{self._folder.path.name}-{life:08x}"
+    # Each process speaks for its own disk.
+    say = self._say if self._folder.first else functools.partial(print, flush=True)
+    return self._open.enter_context(contextlib.closing(Snapshots(directory, say)))
+
+  @functools.cached_property
+  def _saved(self) -> int:
+    """The step of the newest checkpoint when the run started; -1: there was none."""
+    newest = (saved_steps(self._folder.path) or [-1])[-1]
+    return int(of_all_processes(np.array([newest])).max())
+
+  @functools.cached_property
+  def _newer(self) -> list[int]:
+    """Steps of the snapshots that were newer than that, the newest first."""
+    return self.snapshots.steps(self._saved) if self.snapshots else []
+
+  def likely_notes(self) -> dict[str, Any] | None:
+    """Those of what `restore` will find, if it is sound; the same for all processes."""
+    if self._newer:
+      return self.snapshots.notes(self._newer[0])
+    if self._saved < 0:
+      return None
+    from gemjax.checkpoint import CheckpointError
+
+    try:
+      notes = self.checkpoints.notes()
+      step = self.checkpoints.steps[-1]
+    except CheckpointError:  # Another one will do.
+      notes, step = {}, -1
+    seen = of_all_processes(np.array([step]))
+    # Disks may show processes different things.
+    return None if step < 0 or seen.min() < seen.max() else notes
+
+  def restore(self, like: Callable[[], Any]) -> Restored | None:
+    """The newest state that is sound, if there is any, shaped and placed as `like()`.
+
+    Raises:
+      CheckpointError: there are checkpoints, none of which can be read.
+    """
+    restored, kind, taken = None, "local snapshot", None
+    if self._newer:
+      restored, passed = self.snapshots.restore(like(), self._newer)
+      taken = restored and restored.step
+      for line in passed:
+        self._say(line)
+    if restored is None and self._saved >= 0:
+      restored, kind = self.checkpoints.restore(like()), "checkpoint"
+    if self.snapshots:
+      self.snapshots.keep(taken)
+    if restored:
+      for line in (*restored.passed, f"resuming from the {kind} of step {restored.step:,}"):
+        self._say(line)
+    return restored
+
+  def save(self, step: int, state: Any, notes: dict[str, Any], *, best: int | None) -> None:
+    """A checkpoint; raises CheckpointError if it or the one before it failed."""
+    self.checkpoints.save(step, state, notes, best=best)
+
+  def snapshot(self, step: int, state: Any, notes: dict[str, Any], *, best: int | None) -> None:
+    """A snapshot, unless the best checkpoint is still being written: what goes on from there would
+    miss it in the end.
+    """
+    first = self._folder.first
+    there = best is None or not first or best in saved_steps(self._folder.path)
+    if of_all_processes(np.array([there])).all():
+      self.snapshots.save(step, state, notes)
+
+  def end(self) -> None:
+    """Returns when the last checkpoint is written by all, and no snapshot is left."""
+    self.checkpoints.wait()
+    if self.snapshots:
+      self.snapshots.clear()
