@@ -17,6 +17,7 @@ _SUITES = (
   "bfloat16",
   "checkpoint",
   "data",
+  "history",
   "movielens",
   "precision",
   "sharding",

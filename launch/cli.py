@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gemjax.config import Config, ConfigError
-from gemjax.parallel.peers import FAILED
+from gemjax.parallel.peers import TOLD
 from gemjax.parallel.process import set_up_process
 from gemjax.train.termination import Terminated
 
@@ -91,7 +91,7 @@ def _guarded(
   except Exception as error:
     if _is_ours(error):
       _fail(1, _sentence(error))
-    if FAILED.is_set():
+    if TOLD:
       traceback.print_exc()
       _end(1)
     raise
@@ -120,7 +120,9 @@ def _fail(code: int, message: str) -> None:
 
 
 def _end(code: int) -> None:
-  if FAILED.is_set():
+  if TOLD:
     sys.stdout.flush()
+    for peers in TOLD:
+      peers.leave()
     os._exit(code)
   sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -49,6 +50,11 @@ class Connection:
     if not found:
       self.closed = True
     return trees
+
+  def hang_up(self) -> None:
+    """The other process sees the end of this one's lines; its own may still come."""
+    with contextlib.suppress(OSError):  # It is gone already.
+      self.socket.shutdown(socket.SHUT_WR)
 
   def close(self) -> None:
     self.closed = True

@@ -5,7 +5,7 @@ is: its phase, and how many phases it has begun. All processes of a run begin th
 the same order, so that whoever has begun the fewest is the one for whom the others wait.
 
   a process dies       its kernel hangs up: the others stop at once
-  it fails             it says why; the others stop once it is gone, so that its message is first
+  it fails             it says why; the others stop once it hangs up, so that its message is first
   it is silent         for SILENT_SECONDS, or `stall_seconds` if fewer: its host is gone, or stopped
   it stalls            no new phase for `stall_seconds`
 
@@ -31,9 +31,9 @@ SILENT_SECONDS = 60.0
 FAREWELL_SECONDS = 5.0  # How long a failed process may take from saying why to its end.
 T = TypeVar("T")
 
-# Set once this process has told the others of its failure. It must not wait for JAX's farewell
-# then: the first one would wait 100 s for those that have stopped.
-FAILED = threading.Event()
+# Whom this process has told of its failure. It must not wait for JAX's farewell then: the first one
+# would wait 100 s for those that have stopped.
+TOLD: list[Peers] = []
 
 
 class _At(NamedTuple):
@@ -109,7 +109,24 @@ class Peers:
     self._self.at = self._self.at._replace(ended=True, failure=" ".join(reason.split()))
     self._tell(self._self.at._asdict())
     if reason:
-      FAILED.set()
+      TOLD.append(self)
+
+  def leave(self) -> None:
+    """Behind a failure that was told, and behind its message: the others stop. The first process
+    goes last, as JAX's coordinator is in it: without it they would be aborted, perhaps before they
+    have said why.
+    """
+    for process in self._others:
+      process.connection.hang_up()
+    until = time.monotonic() + FAREWELL_SECONDS
+    with selectors.DefaultSelector() as selector:
+      for connection in (p.connection for p in self._others if self.index == 0):
+        selector.register(connection.socket, selectors.EVENT_READ, connection)
+      while selector.get_map() and time.monotonic() < until:
+        for key, _ in selector.select(0.1):
+          key.data.receive()
+          if key.data.closed:
+            selector.unregister(key.fileobj)
 
   def _watch(self) -> None:
     heard = time.monotonic()
@@ -123,7 +140,7 @@ class Peers:
             self._hear(process, line)
           if process.connection.closed:
             selector.unregister(process.connection.socket)
-        if (now := time.monotonic()) - heard > BEAT_SECONDS:
+        if (now := time.monotonic()) - heard > BEAT_SECONDS and not self._self.at.failure:
           heard = now
           self._tell(self._self.at._asdict())
         if sentence := self._verdict(now):
@@ -174,6 +191,7 @@ class Peers:
       self._tell({"verdict": sentence})
     end = f"error: {sentence}; {self._self.name} stops; the same command goes on"
     os.write(2, f"{end} from the last checkpoint\n".encode())
+    self.leave()
     os._exit(1)
 
 

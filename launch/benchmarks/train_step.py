@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 from benchmarks import fbgemm_table as fbgemm
 from benchmarks import pytorch_wukong as peer
 from benchmarks.own_process import OwnProcess
+from benchmarks.turns import REPEATS, stepper, take_turns
 from benchmarks.wukong_step import per_field, random_batch, torch_weights, wukong
 from tqdm import tqdm
 
@@ -22,9 +22,8 @@ from gemjax.embedding.held import Held
 from gemjax.embedding.replicated import Replicated
 from gemjax.embedding.row_optimizers import rowwise_adagrad
 from gemjax.embedding.stack import StackRule
-from gemjax.features import Batch
 
-REPEATS, LOSSES = 9, 20
+LOSSES = 20
 
 
 def run() -> dict[str, float]:
@@ -38,8 +37,9 @@ def table_size() -> dict[str, float]:
   batch = random_batch(np.random.default_rng(0), rows=min(sizes.values()))
   steps, temporaries = {}, {}
   for name, rows in sizes.items():
-    steps[name], temporaries[name] = _stepper(rows, batch)
-  seconds = _take_turns(steps, "table size")
+    _, state, step = wukong(rows)
+    steps[name], temporaries[name] = stepper(step, state, batch)
+  seconds = take_turns(steps, "table size")
   figures = {f"step_seconds_{name}_rows": s for name, s in seconds.items()}
   figures |= {f"temporary_bytes_{name}_rows": float(b) for name, b in temporaries.items()}
   return figures | {"step_time_1e7_over_1e4_rows": seconds["1e7"] / seconds["1e4"]}
@@ -137,27 +137,3 @@ def _table(held: Held):
 
   update = lambda stack, plan, grad, rate: table.update(rule, stack, plan, grad, rate, key)
   return rule.init(key, held), jax.jit(lookup), jax.jit(update, donate_argnums=0)
-
-
-def _stepper(rows: int, batch: Batch) -> tuple[Callable[[], None], int]:
-  """A function that takes a step and waits for it, and the bytes of its temporaries."""
-  _, state, step = wukong(rows)
-  compiled = step.lower(state, batch).compile()
-
-  def take():
-    nonlocal state
-    state, loss = compiled(state, batch)
-    jax.block_until_ready((state, loss))
-
-  return take, compiled.memory_analysis().temp_size_in_bytes
-
-
-def _take_turns(work: dict[str, Callable[[], None]], name: str) -> dict[str, float]:
-  """Median seconds of each, one after the other, REPEATS times after one warm-up."""
-  seconds = {n: [] for n in work}
-  for _ in tqdm(range(REPEATS + 1), desc=name):
-    for n, take in work.items():
-      start = time.perf_counter()
-      take()
-      seconds[n].append(time.perf_counter() - start)
-  return {n: statistics.median(s[1:]) for n, s in seconds.items()}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import numpy as np
 from benchmarks import pytorch_wukong as peer
+from benchmarks.turns import jitted_step
 
 from gemjax.config import Config, Embedding, Optimizer, Train, Wukong
 from gemjax.features import Batch, FeatureSet, Sparse
 from gemjax.train.state import Trainer, TrainState, make_trainer
-from gemjax.train.step import plan_step, train_step
 
 
 def wukong(rows: int, dtype: str = "float32"):
@@ -37,12 +37,7 @@ def wukong(rows: int, dtype: str = "float32"):
   )
   trainer = make_trainer(config, features, steps=10 * peer.WARMUP)
 
-  def step(state, batch):
-    # As in training, where the plan comes from the step before and the next one's is made.
-    state, _, report = train_step(trainer, state, plan_step(trainer, batch), batch, batch)
-    return state, report.loss
-
-  return trainer, trainer.born(), jax.jit(step, donate_argnums=0)
+  return trainer, trainer.born(), jitted_step(trainer)
 
 
 def random_batch(rng: np.random.Generator, rows: int) -> Batch:

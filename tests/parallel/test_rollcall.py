@@ -12,7 +12,7 @@ import pytest
 # Joins and watches as training does; prints what it learns, then lives by the lines of stdin.
 MEMBER = """
 import os, sys, time
-from gemjax.parallel.peers import Peers
+from gemjax.parallel.peers import TOLD, Peers
 from gemjax.parallel.place import ProcessError, resolve
 from gemjax.parallel.rollcall import Roll, answer_roll
 
@@ -29,19 +29,25 @@ try:
 except ProcessError as error:
   sys.exit(f"error: {error}")
 print("joined", port, flush=True)
-with Peers(place, members, hosts, stall_seconds=float(sys.argv[2])) as peers:
-  for line in sys.stdin:
-    word = line.split()[0]
-    if word == "end":
-      break
-    if word == "agree":
-      peers.agree_to_end()
-    elif word == "raise":
-      raise OSError("the disk is gone")
-    elif word == "endless":
-      peers.phase("preparing", endless=True)
-    else:
-      peers.phase(word)
+try:
+  with Peers(place, members, hosts, stall_seconds=float(sys.argv[2])) as peers:
+    for line in sys.stdin:
+      word = line.split()[0]
+      if word == "end":
+        break
+      if word == "agree":
+        peers.agree_to_end()
+      elif word == "raise":
+        raise OSError("the disk is gone")
+      elif word == "endless":
+        peers.phase("preparing", endless=True)
+      else:
+        peers.phase(word)
+except OSError as error:
+  print(f"error: {error}", file=sys.stderr, flush=True)
+  for peers in TOLD:
+    peers.leave()
+  os._exit(1)
 print("ended", flush=True)
 """
 
@@ -193,6 +199,17 @@ def test_a_failure_is_told_with_its_reason(start, rank):
     if i != rank:
       assert f"error: rank {rank}" in error
       assert "failed in phase 'reading': the disk is gone" in error
+
+
+def test_the_first_one_ends_when_the_others_have(start):
+  members = [start(i, 3) for i in range(3)]
+  joined(*members)
+  members[1].send_signal(signal.SIGSTOP)  # It cannot: the first one does not wait for ever.
+  say(members[0], "raise")
+  assert error_of(members[0]) == "error: the disk is gone\n"
+  assert members[2].poll() == 1
+  members[1].send_signal(signal.SIGCONT)
+  assert "error: rank 0" in error_of(members[1])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
