@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
-import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +58,8 @@ class Recovery:
       return None
     from gemjax.checkpoint import Snapshots
 
-    # Of this place, too: a copy of the folder is another run from here on.
-    run = zlib.crc32(f"{self._folder.path} {self._folder.life}".encode())
-    run = int(of_all_processes(np.array([run]))[0])
-    directory = pathlib.Path(self._config.local) / f"{self._folder.path.name}-{run:08x}"
+    life = int(of_all_processes(np.array([self._folder.life]))[0])
+    directory = pathlib.Path(self._config.local) / f"{self._folder.path.name}-{life:08x}"
     # Each process speaks for its own disk.
     say = self._say if self._folder.first else functools.partial(print, flush=True)
     return self._open.enter_context(contextlib.closing(Snapshots(directory, say)))
