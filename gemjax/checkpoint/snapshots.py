@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -51,6 +52,8 @@ class Snapshots:
   def __init__(self, directory: pathlib.Path, say: Callable[[str], None] = print):
     self._directory, self._say = pathlib.Path(directory).absolute(), say
     self._process = jax.process_index()
+    host = socket.gethostname()
+    self._here = {i for i, name in enumerate(texts_of_all(host)) if name == host}
     self._failed = False
     self._pool = ThreadPoolExecutor(1, "snapshot")
     self._writing: Future | None = None
@@ -69,9 +72,9 @@ class Snapshots:
     """
     self.wait()
     # What all processes have is not given up for what only some have: a disk may be slow, or full.
-    newest = max(self._own(), default=-1)
+    newest = max((found for found, process in self._own() if process == self._process), default=-1)
     common = min(int(text) for text in texts_of_all(str(newest)))
-    old = [folder for found, folder in self._own().items() if found not in (newest, common)]
+    old = [folder for (found, _), folder in self._own().items() if found not in (newest, common)]
     self._writing = self._pool.submit(self._write, step, copied(state), notes, old)
 
   def wait(self) -> None:
@@ -112,13 +115,13 @@ class Snapshots:
 
   def keep(self, step: int | None) -> None:
     """Removes all snapshots on this host but those of the step, if any, that training goes on from:
-    the others are of another past. Before the first is written.
+    the others are of another past. Before `save` is called first.
     """
     whole = {folder for (found, _), folder in self._folders().items() if found == step}
     _remove(*(folder for folder in self._directory.iterdir() if folder not in whole))
 
   def clear(self) -> None:
-    """Removes those of this process: none is needed any more."""
+    """Removes them: none is needed any more."""
     self.wait()
     _remove(*self._own().values())
     with contextlib.suppress(OSError):  # Another process of this host has some left.
@@ -137,9 +140,10 @@ class Snapshots:
         found[int(step), int(process)] = folder
     return found
 
-  def _own(self) -> dict[int, pathlib.Path]:
-    """Those of this process, by step."""
-    return {step: folder for (step, p), folder in self._folders().items() if p == self._process}
+  def _own(self) -> dict[tuple[int, int], pathlib.Path]:
+    """Those of this process, and of what were processes of this host and are no more."""
+    others = self._here - {self._process}
+    return {key: folder for key, folder in self._folders().items() if key[1] not in others}
 
   def _of(self, step: int) -> list[pathlib.Path]:
     """Those of a step on this host, that of this process first."""
@@ -191,8 +195,9 @@ class Snapshots:
         harm = harm or str(error)
       lacking -= found.keys()
     if lacking and not harm:
-      harm = f"what process {self._process} has is of another mesh"
-      harm = harm if notes else f"process {self._process} has no snapshot"
+      harm = f"process {self._process} has no snapshot"
+      if notes:  # Of this host, but not all that it needs.
+        harm = f"process {self._process} lacks shards, of another mesh or half written"
     said = next(filter(None, texts_of_all(harm)), "")
     here = sorted(wanted[0], key=lambda device: device.id)
     has = _of_all(leaves[0], [[parts[d] in found for parts in wanted] for d in here])

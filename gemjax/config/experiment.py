@@ -1,6 +1,7 @@
 """One experiment: data, mesh, tables, a model, optimiser, loop and checkpoints."""
 
 import dataclasses
+import os
 from typing import Any
 
 from gemjax import fields
@@ -241,6 +242,8 @@ class Config:
     _need(self.checkpoint.keep >= 1, "checkpoint.keep", self.checkpoint.keep, "at least 1")
     local, every = self.checkpoint.local, self.checkpoint.local_every
     law = "positive where checkpoint.local is a folder, and 0 where it is empty"
+    absolute = not local or os.path.isabs(local)
+    _need(absolute, "checkpoint.local", local, "an absolute path: runs start anywhere")
     _need(every > 0 if local else every == 0, "checkpoint.local_every", every, law)
     law = "workdir, off or a folder"
     _need(self.compilation.cache, "compilation.cache", self.compilation.cache, law)

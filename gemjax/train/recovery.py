@@ -19,6 +19,8 @@ from gemjax.train.workdir import CHECKPOINTS, Workdir, saved_steps
 if TYPE_CHECKING:
   from gemjax.checkpoint import Checkpoints, Restored, Snapshots
 
+LATEST = "latest"  # Of a snapshot's notes: the step of the newest checkpoint when it was taken.
+
 
 class Recovery:
   """Of one run; a context. All processes must call every method alike.
@@ -32,6 +34,8 @@ class Recovery:
   def __init__(self, config: config_lib.Checkpoint, folder: Workdir, say: Callable[[str], None]):
     self._config, self._folder, self._say = config, folder, say
     self._open = contextlib.ExitStack()
+    self._taken: int | None = None  # The snapshot that this run went on from.
+    self._forgotten = False
 
   def __enter__(self) -> Recovery:
     return self
@@ -68,8 +72,28 @@ class Recovery:
 
   @functools.cached_property
   def _newer(self) -> list[int]:
-    """Steps of the snapshots that were newer than that, the newest first."""
-    return self.snapshots.steps(self._saved) if self.snapshots else []
+    """Steps of the snapshots that were newer than that, the newest first; those alone that go on
+    from checkpoints which are still there.
+    """
+    steps = self.snapshots.steps(self._saved) if self.snapshots else []
+    return [step for step in steps if self._has_its_past(step)]
+
+  def _has_its_past(self, step: int) -> bool:
+    """Whether nothing that a run needs behind this snapshot was removed, as by a person who wants
+    to go on from an older checkpoint.
+    """
+    notes = self.snapshots.notes(step)
+    if notes is None:  # Corrupt: to be told when it is read.
+      return True
+    saved = set(saved_steps(self._folder.path))
+    needed = {notes[LATEST], notes["best"]["step"]} - {None, *saved}
+    gone = int(of_all_processes(np.array([max(needed, default=-1)])).max())
+    if gone >= 0:
+      self._say(
+        f"the checkpoint of step {gone:,} is gone: the local snapshot of step {step:,}, which was "
+        "taken behind it, is passed over"
+      )
+    return gone < 0
 
   def likely_notes(self) -> dict[str, Any] | None:
     """Those of what `restore` will find, if it is sound; the same for all processes."""
@@ -94,16 +118,14 @@ class Recovery:
     Raises:
       CheckpointError: there are checkpoints, none of which can be read.
     """
-    restored, kind, taken = None, "local snapshot", None
+    restored, kind = None, "local snapshot"
     if self._newer:
       restored, passed = self.snapshots.restore(like(), self._newer)
-      taken = restored and restored.step
+      self._taken = restored and restored.step
       for line in passed:
         self._say(line)
     if restored is None and self._saved >= 0:
       restored, kind = self.checkpoints.restore(like()), "checkpoint"
-    if self.snapshots:
-      self.snapshots.keep(taken)
     if restored:
       for line in (*restored.passed, f"resuming from the {kind} of step {restored.step:,}"):
         self._say(line)
@@ -111,16 +133,26 @@ class Recovery:
 
   def save(self, step: int, state: Any, notes: dict[str, Any], *, best: int | None) -> None:
     """A checkpoint; raises CheckpointError if it or the one before it failed."""
+    self._forget_others()
     self.checkpoints.save(step, state, notes, best=best)
 
   def snapshot(self, step: int, state: Any, notes: dict[str, Any], *, best: int | None) -> None:
     """A snapshot, unless the best checkpoint is still being written: what goes on from there would
     miss it in the end.
     """
-    first = self._folder.first
-    there = best is None or not first or best in saved_steps(self._folder.path)
+    first, saved = self._folder.first, saved_steps(self._folder.path)
+    there = best is None or not first or best in saved
     if of_all_processes(np.array([there])).all():
-      self.snapshots.save(step, state, notes)
+      self._forget_others()
+      self.snapshots.save(step, state, notes | {LATEST: saved[-1] if saved else None})
+
+  def _forget_others(self) -> None:
+    """Snapshots that this run did not go on from, once it has a past of its own; until then another
+    start, as on the mesh that they are of, can have them.
+    """
+    if self.snapshots and not self._forgotten:
+      self.snapshots.keep(self._taken)
+    self._forgotten = True
 
   def end(self) -> None:
     """Returns when the last checkpoint is written by all, and no snapshot is left."""

@@ -92,13 +92,16 @@ class Workdir:
     tree = {"config": config.to_json(), "features": features.to_json(), "digests": digests}
     if not self.first:
       return
+    self.life = self._life(tree)
     if config.checkpoint.local:
-      tree["life"] = self.life = self._life(tree)
+      self.life = self.life or secrets.randbits(31)
       (self.path / CHECKPOINTS).mkdir(exist_ok=True)
+    if self.life:  # Also for a start that takes no snapshots: a later one may go on from them.
+      tree["life"] = self.life
     write_json(self.path / RUN, tree)
 
   def _life(self, tree: dict[str, Any]) -> int:
-    """That of the record, if this start can go on with it."""
+    """That of the record, if this start can go on with it; 0 where there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
       before, now = json.loads((self.path / RUN).read_text()), json.loads(json.dumps(tree))
       same = config_lib.difference(before["config"], now["config"]) is None and all(
@@ -106,7 +109,7 @@ class Workdir:
       )
       if same and (self.path / CHECKPOINTS).is_dir():
         return int(before["life"])
-    return secrets.randbits(31)
+    return 0
 
 
 def saved_steps(path: pathlib.Path) -> list[int]:

@@ -224,7 +224,9 @@ def test_another_mesh_has_no_use_for_it_unless_the_shards_are_the_same(folder):
   other = like(state(make_mesh(1, 2, jax.devices()[:2])))
   found, (sentence,) = snapshots.restore(other, [3])
   assert found is None
-  assert sentence == "what process 0 has is of another mesh: step 3 is passed over"
+  assert (
+    sentence == "process 0 lacks shards, of another mesh or half written: step 3 is passed over"
+  )
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -52,7 +52,7 @@ def assert_same_end(workdir, unbroken) -> None:
   for summary in (found, wanted):
     del summary["start_up_seconds"], summary["train"]["seconds"]
     del summary["train"]["examples_per_second"]
-  assert found == wanted
+  assert found == wanted, [(k, found[k], wanted[k]) for k in wanted if found[k] != wanted[k]]
   last = saved_steps(workdir)[-1]
   assert saved_steps(unbroken)[-1] == last
   found, wanted = arrays(workdir, last), arrays(unbroken, last)

@@ -71,7 +71,7 @@ FIELDS = [
   ("train.seed", True), ("train.dtype", "int8"), ("train.eval_every", -0.1),
   ("train.stop_metric", "accuracy"), ("train.task_weights", {"click": float("inf")}),
   ("train.patience", -1), ("train.log_every", 0), ("checkpoint.every", -1), ("checkpoint.keep", 0),
-  ("checkpoint.local_every", -1), ("checkpoint.local_every", 5),
+  ("checkpoint.local", "here"), ("checkpoint.local_every", -1), ("checkpoint.local_every", 5),
 ]  # fmt: skip
 
 

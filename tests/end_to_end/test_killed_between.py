@@ -132,6 +132,7 @@ def test_one_process_has_use_for_what_two_of_its_host_had(killed, kept, unbroken
   train(kept, workdir)
   assert f"resuming from the local snapshot of step {newest}\n" in capsys.readouterr().out
   assert_same_end(workdir, unbroken(1, 2))
+  assert not list(local.iterdir())  # Also of the process that is no more.
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 end as the run that never was, to the bit.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -106,8 +107,44 @@ def test_another_mesh_goes_on_from_the_checkpoint(kept, tmp_path, local, capsys,
   train(kept, workdir)
   out = capsys.readouterr().out
   for step in steps:
-    assert f"what process 0 has is of another mesh: step {step} is passed over\n" in out
+    assert f"lacks shards, of another mesh or half written: step {step} is passed over\n" in out
   assert len(steps) == 2 and f"resuming from the checkpoint of step {saved}\n" in out
+
+
+def test_a_start_that_saves_nothing_costs_no_snapshot(kept, tmp_path, local, capsys, monkeypatch):
+  """On another mesh, as with a GPU that is missing, and without snapshots."""
+  workdir, kept.embedding.lookup = tmp_path / "run", "exact"
+  broken(monkeypatch, kept, workdir, behind=36)
+  saved, newest = saved_steps(workdir)[-1], max(snapshots(local))
+  for other in (
+    dataclasses.replace(
+      kept, mesh=c.Mesh(data=1, model=2), checkpoint=c.Checkpoint(local=str(local), local_every=50)
+    ),
+    dataclasses.replace(kept, checkpoint=c.Checkpoint()),
+  ):
+    capsys.readouterr()
+    broken(monkeypatch, other, workdir, behind=1)
+    assert f"resuming from the checkpoint of step {saved}\n" in capsys.readouterr().out
+  broken(monkeypatch, kept, workdir, behind=1)
+  assert f"resuming from the local snapshot of step {newest}\n" in capsys.readouterr().out
+
+
+def test_who_takes_a_checkpoint_away_takes_what_came_behind_it(
+  kept, tmp_path, local, capsys, monkeypatch
+):
+  """Of two the newer one, and then all: as the first start."""
+  workdir, kept.checkpoint.every = tmp_path / "run", 12
+  broken(monkeypatch, kept, workdir, behind=34)
+  older, last = saved_steps(workdir)
+  newest = max(snapshots(local))
+  assert newest > last
+  for gone, goes_on in ((last, f"resuming from the checkpoint of step {older}\n"), (older, "")):
+    shutil.rmtree(workdir / CHECKPOINTS / f"{gone:09d}")
+    capsys.readouterr()
+    broken(monkeypatch, kept, workdir, behind=1)
+    out = capsys.readouterr().out
+    assert f"the checkpoint of step {last} is gone: the local snapshot of step {newest}" in out
+    assert goes_on in out and ("resuming" in out) == bool(goes_on)
 
 
 @pytest.mark.parametrize("hurt", [1, pytest.param(2, marks=pytest.mark.slow)])
