@@ -106,12 +106,13 @@ def _job(
 ) -> _Job:
   if isinstance(config, NextItem):
     raise ConvertError(f"a NextItem describes {HSTU} alone; name a config of launch/train.py")
-  run = _read(source, input, config, step)
+  run, unread = _read(source, input, config, step)
   if target in PEERS:
     theirs, left = as_peer(target, run)
     write = lambda path, tensors: write_tensors(path, tensors, PEERS[target].tree)
-    return _Job(_copied(theirs), left, write, read_tensors)
+    return _Job(_copied(theirs), unread + left, write, read_tensors)
   run, fitted, left = _fitted(run, config if source not in PEERS else None, input)
+  left = unread + left
   replaced = lambda tensors: run._replace(tensors=tensors)
   if target == GEMJAX:
     write = lambda path, tensors: write_workdir(path, replaced(tensors))
@@ -146,13 +147,14 @@ def _copied(tensors: Tensors) -> dict[str, Fitted]:
 
 def _read(
   source: str, input: pathlib.Path, config: config_lib.Config | None, step: int | None
-) -> Run:
+) -> tuple[Run, list[str]]:
+  """(the run, names of what the input has and a run has no place for)."""
   if source == GEMJAX:
-    return read_workdir(input, step)
+    return read_workdir(input, step), []
   if step is not None:
     raise ConvertError("--checkpoint names a checkpoint of a run's folder (--from=gemjax)")
   if source == SAFETENSORS:
-    return read_file(input)
+    return read_file(input), []
   if config is None:
     raise ConvertError(f"--from={source} needs --config, which describes the model in {input}")
   return read_peer(source, input, open_run(config))
