@@ -80,6 +80,8 @@ def convert(
     raise ConvertError(f"{output} exists; name another --output, or remove it")
   if not input.exists():
     raise ConvertError(f"{input} does not exist; name a checkpoint by --input")
+  if dtype and dtype not in FLOATS:
+    raise ConvertError(f"--dtype={dtype}, but must be one of {', '.join(FLOATS)}")
   if dtype and target == GEMJAX:
     raise ConvertError("--dtype is of files; a run's tables have config.embedding.dtype")
   job = _hstu_job if HSTU in (source, target) else _job
@@ -93,7 +95,8 @@ def convert(
   with _whole(output) as partial:
     write(partial, tensors)
     if verify:
-      lines.append(_verified(tensors, read(partial), output))
+      cast_to = f", cast to {dtype}" if dtype else ""
+      lines.append(_verified(tensors, read(partial), output) + cast_to)
   return lines
 
 
