@@ -28,7 +28,7 @@ from gemjax.convert.run_folder import (
   write_workdir,
 )
 from gemjax.convert.tensors import ConvertError, Tensors, cast, dtype_of, first_difference
-from gemjax.convert.training_state import fresh, settled
+from gemjax.convert.training_state import fresh, settled, table_of
 from gemjax.convert.vocabulary_rows import row_maps
 from gemjax.train.workdir import DATA
 
@@ -175,10 +175,12 @@ def _fitted(
   left = [name for name in tensors if name not in wanted]
   rows = {}
   if config:
-    # The data of a run lie where its config says, or in its folder where it made them.
-    folders = [pathlib.Path(run.trainer.config.data.path), input / DATA]
-    maps = row_maps(run.trainer.features, new.trainer.features, folders, [config.data.path])
-    rows = {n: maps[t] for n in wanted for t in maps if n.startswith(f"tables.{t}.")}
+    # The data of a run lie where its config says, or in its folder.
+    folders = [pathlib.Path(run.trainer.config.data.path)] + [input / DATA] * input.is_dir()
+    old, now = run.trainer, new.trainer
+    tables = [t for t in now.tables.layout.tables if t in old.tables.layout.tables]
+    maps = row_maps(tables, old.features, now.features, folders, pathlib.Path(config.data.path))
+    rows = {n: maps[t] for n in wanted if (t := table_of(n)) in maps}
   return new._replace(kept=run.kept), fit(tensors, wanted, rows), left
 
 

@@ -178,9 +178,7 @@ def settled(trainer: Trainer, tensors: Tensors) -> Tensors:
     rule = trainer.tables.rule(_stack(trainer, table))
     if not rule.shrinks:
       continue
-    stored = {
-      n.rsplit(".", 1)[1]: t for n, t in tensors.items() if n.startswith(f"tables.{table}.")
-    }
+    stored = {n.rsplit(".", 1)[1]: t for n, t in tensors.items() if table_of(n) == table}
 
     def read(start: int, stop: int, rule=rule, stored=stored) -> np.ndarray:
       arrays = {kind: jnp.asarray(t.read(start, stop)) for kind, t in stored.items()}
@@ -191,6 +189,11 @@ def settled(trainer: Trainer, tensors: Tensors) -> Tensors:
     rows = stored[ROWS]
     kept[f"tables.{table}.{ROWS}"] = Tensor(rows.shape, np.dtype(np.float32), read)
   return kept
+
+
+def table_of(name: str) -> str | None:
+  """Of a tensor of a table; tables may have dots in their names."""
+  return name.removeprefix("tables.").rsplit(".", 1)[0] if name.startswith("tables.") else None
 
 
 def _leaves(trainer: Trainer) -> dict[str, Any]:
