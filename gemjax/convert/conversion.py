@@ -28,7 +28,7 @@ from gemjax.convert.run_folder import (
   write_workdir,
 )
 from gemjax.convert.tensors import ConvertError, Tensors, cast, dtype_of, first_difference
-from gemjax.convert.training_state import fresh, settled
+from gemjax.convert.training_state import fresh, settled, table_of
 from gemjax.convert.vocabulary_rows import row_maps
 from gemjax.train.workdir import DATA
 
@@ -80,6 +80,8 @@ def convert(
     raise ConvertError(f"{output} exists; name another --output, or remove it")
   if not input.exists():
     raise ConvertError(f"{input} does not exist; name a checkpoint by --input")
+  if dtype and dtype not in FLOATS:
+    raise ConvertError(f"--dtype={dtype}, but must be one of {', '.join(FLOATS)}")
   if dtype and target == GEMJAX:
     raise ConvertError("--dtype is of files; a run's tables have config.embedding.dtype")
   job = _hstu_job if HSTU in (source, target) else _job
@@ -93,7 +95,8 @@ def convert(
   with _whole(output) as partial:
     write(partial, tensors)
     if verify:
-      lines.append(_verified(tensors, read(partial), output))
+      cast_to = f", cast to {dtype}" if dtype else ""
+      lines.append(_verified(tensors, read(partial), output) + cast_to)
   return lines
 
 
@@ -106,12 +109,13 @@ def _job(
 ) -> _Job:
   if isinstance(config, NextItem):
     raise ConvertError(f"a NextItem describes {HSTU} alone; name a config of launch/train.py")
-  run = _read(source, input, config, step)
+  run, unread = _read(source, input, config, step)
   if target in PEERS:
     theirs, left = as_peer(target, run)
     write = lambda path, tensors: write_tensors(path, tensors, PEERS[target].tree)
-    return _Job(_copied(theirs), left, write, read_tensors)
+    return _Job(_copied(theirs), unread + left, write, read_tensors)
   run, fitted, left = _fitted(run, config if source not in PEERS else None, input)
+  left = unread + left
   replaced = lambda tensors: run._replace(tensors=tensors)
   if target == GEMJAX:
     write = lambda path, tensors: write_workdir(path, replaced(tensors))
@@ -146,13 +150,14 @@ def _copied(tensors: Tensors) -> dict[str, Fitted]:
 
 def _read(
   source: str, input: pathlib.Path, config: config_lib.Config | None, step: int | None
-) -> Run:
+) -> tuple[Run, list[str]]:
+  """(the run, names of what the input has and a run has no place for)."""
   if source == GEMJAX:
-    return read_workdir(input, step)
+    return read_workdir(input, step), []
   if step is not None:
     raise ConvertError("--checkpoint names a checkpoint of a run's folder (--from=gemjax)")
   if source == SAFETENSORS:
-    return read_file(input)
+    return read_file(input), []
   if config is None:
     raise ConvertError(f"--from={source} needs --config, which describes the model in {input}")
   return read_peer(source, input, open_run(config))
@@ -170,10 +175,12 @@ def _fitted(
   left = [name for name in tensors if name not in wanted]
   rows = {}
   if config:
-    # The data of a run lie where its config says, or in its folder where it made them.
-    folders = [pathlib.Path(run.trainer.config.data.path), input / DATA]
-    maps = row_maps(run.trainer.features, new.trainer.features, folders, [config.data.path])
-    rows = {n: maps[t] for n in wanted for t in maps if n.startswith(f"tables.{t}.")}
+    # The data of a run lie where its config says, or in its folder.
+    folders = [pathlib.Path(run.trainer.config.data.path)] + [input / DATA] * input.is_dir()
+    old, now = run.trainer, new.trainer
+    tables = [t for t in now.tables.layout.tables if t in old.tables.layout.tables]
+    maps = row_maps(tables, old.features, now.features, folders, pathlib.Path(config.data.path))
+    rows = {n: maps[t] for n in wanted if (t := table_of(n)) in maps}
   return new._replace(kept=run.kept), fit(tensors, wanted, rows), left
 
 

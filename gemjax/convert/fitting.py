@@ -27,9 +27,19 @@ def fit(
 
   A tensor of equal name and as many axes is copied as far as both reach: what is longer is cut,
   what is shorter keeps the values of `wanted` beyond. `rows` says for some which row of the
-  source a row comes from, otherwise the one of its number; these sources are read whole.
+  source a row comes from, otherwise the one of its number. Sources of these that cannot take
+  single rows are read whole, and held one at a time.
   """
-  found = {}
+  found, held = {}, {}
+
+  def taken(name: str, rows: np.ndarray) -> np.ndarray:
+    if take := source[name].take:
+      return take(rows)
+    if name not in held:
+      held.clear()  # Before the next one is read.
+      held[name] = source[name].whole()
+    return held[name][rows]
+
   for name, fresh in wanted.items():
     old, which = source.get(name), (rows or {}).get(name)
     if old is None or len(old.shape) != len(fresh.shape):
@@ -38,7 +48,8 @@ def fit(
       action = "copied" if old.dtype == fresh.dtype else f"copied, {old.dtype} cast"
       found[name] = Fitted(cast(old, fresh.dtype), action)
     else:
-      found[name] = Fitted(_overlap(old, fresh, which), _described(old, fresh, which))
+      take = functools.partial(taken, name)
+      found[name] = Fitted(_overlap(old, fresh, which, take), _described(old, fresh, which))
   return found
 
 
@@ -49,10 +60,10 @@ def table(fitted: dict[str, Fitted], left: list[str]) -> list[str]:
   return lines + [f"{name:<{width}}  {'':<24} left out" for name in left]
 
 
-def _overlap(old: Tensor, fresh: Tensor, which: RowMap | None) -> Tensor:
+def _overlap(
+  old: Tensor, fresh: Tensor, which: RowMap | None, take: Callable[[np.ndarray], np.ndarray]
+) -> Tensor:
   columns = tuple(slice(0, min(a, b)) for a, b in zip(old.shape[1:], fresh.shape[1:]))
-
-  whole = functools.cache(old.whole)  # Of a vocabulary's rows any may be asked for.
 
   def read(start: int, stop: int) -> np.ndarray:
     array = np.array(fresh.read(start, stop))
@@ -62,7 +73,7 @@ def _overlap(old: Tensor, fresh: Tensor, which: RowMap | None) -> Tensor:
     else:
       at = which(start, stop)
       known = np.flatnonzero(at >= 0)
-      rows = whole()[at[known]]
+      rows = take(at[known])
     array[(known, *columns)] = rows[(slice(None), *columns)].astype(array.dtype)
     return array
 

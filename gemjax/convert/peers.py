@@ -38,8 +38,8 @@ PEERS = {
 }
 
 
-def read_peer(name: str, path: pathlib.Path, run: Run) -> Run:
-  """`run` with the tensors of a peer's file.
+def read_peer(name: str, path: pathlib.Path, run: Run) -> tuple[Run, list[str]]:
+  """(`run` with the tensors of a peer's file, names in the file of what it has no place for).
 
   Raises:
     ConvertError: the file does not hold what the config describes.
@@ -48,8 +48,8 @@ def read_peer(name: str, path: pathlib.Path, run: Run) -> Run:
   kept = {n: int(theirs.pop(n).whole()) for n in peer.counters(run.trainer) if n in theirs}
   entries = peer.entries(run.trainer, list(theirs))
   named = [n for entry in entries for n in entry.theirs]
-  if peer.tables:
-    theirs = {n: t for n, t in theirs.items() if n in named}
+  left = [n for n in theirs if n not in named] if peer.tables else []
+  theirs = {n: t for n, t in theirs.items() if n not in left}
   ours = to_ours(entries, theirs, what)
   if peer.units:
     order = [n for n in theirs if n.startswith(peer.units)]
@@ -61,7 +61,7 @@ def read_peer(name: str, path: pathlib.Path, run: Run) -> Run:
         "that of the model's units, dense features first"
       )
   check_tensors(run.trainer, ours, what, weights=True, tables=peer.tables)
-  return run._replace(tensors=ours, kept=kept)
+  return run._replace(tensors=ours, kept=kept), left
 
 
 def as_peer(name: str, run: Run) -> tuple[Tensors, list[str]]:

@@ -75,7 +75,8 @@ def read_file(path: pathlib.Path) -> Run:
   tensors, metadata = read_safetensors(path)
   try:
     tree = json.loads(metadata["gemjax"])
-  except (KeyError, ValueError) as error:
+    tree = {name: tree[name] for name in ("config", "features", "digests", "kept")}
+  except (KeyError, ValueError, TypeError) as error:
     raise ConvertError(
       f"{path} says nothing of a config: it was not written by this tool with --to=safetensors; "
       "name the library whose names it has by --from"

@@ -24,6 +24,8 @@ DTYPES = {
   "F32": np.float32,
   "F16": np.float16,
   "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
   "I64": np.int64,
   "I32": np.int32,
   "I16": np.int16,
@@ -38,7 +40,11 @@ NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 def read_safetensors(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
-  """(tensors, metadata); raises ConvertError where the file is truncated or none of safetensors."""
+  """(tensors, metadata).
+
+  Raises:
+    ConvertError: the file is truncated, none of safetensors, or has a type that numpy has not.
+  """
   size = path.stat().st_size
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
@@ -47,15 +53,22 @@ def read_safetensors(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
     head = file.read(length)
   try:
     tree = json.loads(head)
-    metadata = tree.pop(METADATA, {})
+    metadata = tree.pop(METADATA, None) or {}
+    if not isinstance(metadata, dict):
+      raise ValueError(f"its {METADATA} are no texts by name")
     tensors, ends = {}, [0]
     for name, entry in tree.items():
+      if entry["dtype"] not in DTYPES:
+        kinds = ", ".join(DTYPES)
+        raise ConvertError(f"{path}: {name} is {entry['dtype']}, but only {kinds} are converted")
       dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
       begin, end = entry["data_offsets"]
       tensors[name] = Tensor(shape, dtype, file_rows(path, 8 + length + begin, shape, dtype))
       if end - begin != tensors[name].nbytes:
         raise ValueError(f"{name} has {end - begin} bytes")
       ends.append(end)
+  except ConvertError:
+    raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConvertError(f"{path} is corrupt, or no file of safetensors ({error})") from error
   if size != 8 + length + max(ends):

@@ -18,11 +18,15 @@ class ConvertError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-  """`read(start, stop)` returns those rows of the first axis; a scalar has one row of no axes."""
+  """`read(start, stop)` returns those rows of the first axis; a scalar has one row of no axes.
+
+  `take(numbers)`, of some, returns any rows and holds nothing for it that `read` does not hold.
+  """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[int, int], np.ndarray]
+  take: Callable[[np.ndarray], np.ndarray] | None = None
 
   @property
   def rows(self) -> int:

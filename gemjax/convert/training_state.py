@@ -94,11 +94,9 @@ def tensors_of(trainer: Trainer, read: Callable[..., np.ndarray]) -> Tensors:
 
   def tensor(part: Part) -> Tensor:
     if part.table is not None:
-
-      def rows(start: int, stop: int) -> np.ndarray:
-        return whole(part.leaf)[_positions(trainer, part.table, start, stop)]
-
-    elif part.layer is not None:
+      take = lambda rows: whole(part.leaf)[_positions(trainer, part.table, rows)]
+      return Tensor(part.shape, part.dtype, lambda start, stop: take(np.arange(start, stop)), take)
+    if part.layer is not None:
 
       def rows(start: int, stop: int) -> np.ndarray:
         return read(part.leaf, part.layer, part.layer + 1)[0][start:stop]
@@ -156,7 +154,7 @@ def fresh(trainer: Trainer) -> Tensors:
 
       def rows(start: int, stop: int) -> np.ndarray:
         # A stack of more than 2^32 rows gives some of them the numbers of others.
-        at_N = _positions(trainer, part.table, start, stop).astype(np.uint32)
+        at_N = _positions(trainer, part.table, np.arange(start, stop)).astype(np.uint32)
         return np.asarray(born(table_key(seed), stack, at_N)).astype(part.dtype)
 
       return Tensor(part.shape, part.dtype, rows)
@@ -178,9 +176,7 @@ def settled(trainer: Trainer, tensors: Tensors) -> Tensors:
     rule = trainer.tables.rule(_stack(trainer, table))
     if not rule.shrinks:
       continue
-    stored = {
-      n.rsplit(".", 1)[1]: t for n, t in tensors.items() if n.startswith(f"tables.{table}.")
-    }
+    stored = {n.rsplit(".", 1)[1]: t for n, t in tensors.items() if table_of(n) == table}
 
     def read(start: int, stop: int, rule=rule, stored=stored) -> np.ndarray:
       arrays = {kind: jnp.asarray(t.read(start, stop)) for kind, t in stored.items()}
@@ -191,6 +187,11 @@ def settled(trainer: Trainer, tensors: Tensors) -> Tensors:
     rows = stored[ROWS]
     kept[f"tables.{table}.{ROWS}"] = Tensor(rows.shape, np.dtype(np.float32), read)
   return kept
+
+
+def table_of(name: str) -> str | None:
+  """Of a tensor of a table; tables may have dots in their names."""
+  return name.removeprefix("tables.").rsplit(".", 1)[0] if name.startswith("tables.") else None
 
 
 def _leaves(trainer: Trainer) -> dict[str, Any]:
@@ -233,9 +234,9 @@ def _stack(trainer: Trainer, table: str):
   return trainer.tables.layout.positions(table)[0]
 
 
-def _positions(trainer: Trainer, table: str, start: int, stop: int) -> np.ndarray:
+def _positions(trainer: Trainer, table: str, rows: np.ndarray) -> np.ndarray:
   stack, offset = trainer.tables.layout.positions(table)
-  row = np.arange(offset + start, offset + stop, dtype=np.uint64)
+  row = np.uint64(offset) + rows.astype(np.uint64)
   return row * np.uint64(stack.multiplier) % np.uint64(stack.rows)
 
 
@@ -246,7 +247,7 @@ def _stacked(
   for part in its:
     done = 0
     for piece in tensors[part.name].pieces():
-      array[_positions(trainer, part.table, done, done + len(piece))] = piece
+      array[_positions(trainer, part.table, np.arange(done, done + len(piece)))] = piece
       done += len(piece)
   for start in range(0, len(array), rows):
     yield array[start : start + rows]

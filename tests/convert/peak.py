@@ -1,8 +1,11 @@
-"""Peak memory of conversions: prints JSON, name -> bytes above what was held before.
+"""Peak memory of conversions: prints JSON, name -> what was held above what was held before, as a
+multiple of the largest array.
 
-peak.py FOLDER: a file of tables -> a run -> a file -> a run -> a file of tables.
+peak.py FOLDER: a file of tables -> a run -> a file -> a run -> a file of tables, and both run and
+file -> a run whose tables are twice as long.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -12,6 +15,7 @@ import runs
 import small
 import torch
 
+from gemjax.data.prepared import open_prepared
 from gemjax.embedding import layout_tables
 
 # Three stacks of equal size, 96 MB: of 1, 2 and 3 units.
@@ -24,10 +28,25 @@ def status(field: str) -> int:
   return 1024 * int(re.search(rf"{field}:\s+(\d+)", text)[1])
 
 
+def write_hashed(path: pathlib.Path, rows: dict[str, int]) -> pathlib.Path:
+  features = small.features(rows)
+  hashed = tuple(dataclasses.replace(f, encoding="hash") for f in features.sparse)
+  features = dataclasses.replace(features, sparse=hashed)
+  return small.write_data(path, rows, features=features)
+
+
+def largest(config) -> int:
+  """Bytes of a run's largest array."""
+  stacks = layout_tables(open_prepared(config.data.path).features, config.embedding).stacks
+  return max(s.rows * s.width * 4 for s in stacks)
+
+
 def main(folder: pathlib.Path) -> None:
-  data = small.write_data(folder / "data", ROWS)
+  data = write_hashed(folder / "data", ROWS)
   embedding = {"dim": DIM, "units": UNITS | {"seen": 2}}
   config = runs.config_of("gemjax", data, embedding)
+  twice = write_hashed(folder / "twice", {n: 2 * (rows - 2) + 2 for n, rows in ROWS.items()})
+  grown = runs.config_of("gemjax", twice, embedding)
   tables = {name: rows for name, rows in ROWS.items() if name != "seen"}
   width = lambda name: DIM * UNITS.get(name, 1)
   weights = {f"embedding_bags.{n}.weight": torch.randn(r, width(n)) for n, r in tables.items()}
@@ -45,15 +64,15 @@ def main(folder: pathlib.Path) -> None:
     ("gemjax", "safetensors", "b", "c.safetensors", {}),
     ("safetensors", "gemjax", "c.safetensors", "d", {}),
     ("gemjax", "torchrec", "d", "e.pt", {}),
+    ("gemjax", "gemjax", "b", "f", {"config": grown}),
+    ("safetensors", "gemjax", "c.safetensors", "g", {"config": grown}),
   ):
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
     before = status("VmRSS")
     runs.convert(source, target, folder / input, folder / output, **options)
-    peaks[f"{source} to {target}"] = status("VmHWM") - before
-  features = small.features(ROWS)
-  stacks = layout_tables(features, config.embedding).stacks
-  largest = max(s.rows * s.width * 4 for s in stacks)
-  print(json.dumps({"largest": largest, "peaks": peaks}))
+    peak = status("VmHWM") - before
+    peaks[f"{input} to {output}"] = peak / largest(options.get("config", config))
+  print(json.dumps(peaks))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What cannot be converted is refused in one sentence, and nothing is left behind."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[co
 from fuxictr_wukong import WuKong  # noqa: E402
 
 from gemjax.convert import ConvertError  # noqa: E402
+from gemjax.convert.safetensors_file import read_safetensors  # noqa: E402
 
 
 @pytest.fixture
@@ -99,6 +101,41 @@ def test_files_of_safetensors_that_are_none(trained_run, tmp_path):
   refuses(tmp_path, None, "nothing of a config", source="safetensors", input=file)
 
 
+def headed(file, header, data=b""):
+  head = json.dumps(header).encode()
+  file.write_bytes(len(head).to_bytes(8, "little") + head + data)
+
+
+def test_headers_of_safetensors_that_say_other_things(tmp_path):
+  file, refused = tmp_path / "x.safetensors", {"source": "safetensors"}
+  for metadata in (None, {}, {"gemjax": 5}, {"gemjax": "[]"}, {"gemjax": "{}"}, {"gemjax": None}):
+    headed(file, {"__metadata__": metadata})
+    refuses(tmp_path, None, str(file), "nothing of a config", input=file, **refused)
+  headed(file, {"__metadata__": ["gemjax"]})
+  refuses(tmp_path, None, str(file), "corrupt", "__metadata__", input=file, **refused)
+  headed(file, {"a": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}}, b"ab")
+  refuses(tmp_path, None, "a is F8_E8M0, but only F64, F32", input=file, **refused)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_of_safetensors_is_read(tmp_path, kind):
+  """Every of its 256 numbers as PyTorch has it."""
+  save_file = pytest.importorskip("safetensors.torch").save_file
+  every = torch.arange(256, dtype=torch.uint8).view(getattr(torch, kind)).reshape(16, 16)
+  save_file({"a": every}, tmp_path / "x.safetensors")
+  found = read_safetensors(tmp_path / "x.safetensors")[0]["a"].whole().astype(np.float32)
+  np.testing.assert_array_equal(found, every.float().numpy())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float64", "float8_e4m3fn", "foo", "Float32"])
+def test_other_types_than_those_of_files(trained_run, tmp_path, dtype):
+  file = tmp_path / "x.safetensors"
+  with pytest.raises(ConvertError) as caught:
+    convert("gemjax", "safetensors", trained_run, file, dtype=dtype)
+  want = f"--dtype={dtype}, but must be one of float32, bfloat16, float16"
+  assert str(caught.value) == want and not list(tmp_path.iterdir())
+
+
 def test_a_run_whose_files_changed(trained_run, tmp_path):
   """Named by its file; and an output that exists stays as it is."""
   import shutil
@@ -164,6 +201,7 @@ def test_the_binary_converts_and_refuses(data, tmp_path, weights):
     (flags, "run exists"),
     ([*flags, "--output=absent/other"], "lies in no folder"),
     ([*flags, "--output=x", "--from=fuxi"], "--from=fuxi, but must be one of gemjax"),
+    ([*flags, "--output=x", "--dtype=foo"], "--dtype=foo, but must be one of float32"),
   ):
     done = command(tmp_path, *wrong)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr

@@ -87,6 +87,27 @@ def test_a_fused_collection_there_and_back(data, tmp_path):
     assert torch.equal(v, optimizer["state"][f"{name}.weight"][f"{name}.weight.momentum_1"])
 
 
+def test_what_is_not_of_our_tables_is_said_to_be_left_out(data, tmp_path):
+  """Other tables, dense layers, and slots that the config's optimiser does not have."""
+  sparse, state = "model.sparse.embedding_bags", "optimizer.state.sparse.embedding_bags"
+  v = {f"{state}.{n}.weight.{n}.momentum1": torch.rand(rows) for n, rows in SIZES.items()}
+  other = {
+    f"{sparse}.campaign.weight": torch.ones(50, 8),
+    "model.over_arch.0.weight": torch.ones(4, 4),
+    f"{state}.user.weight.user.momentum2": torch.rand(90, 8),
+  }
+  weights = {f"{sparse}.{n}.weight": torch.ones(r, small.DIM) for n, r in SIZES.items()}
+  file = tmp_path / "x.pt"
+  torch.save(weights | v | other, file)
+  for optimizer, wanted in (("rowwise_adagrad", [*other]), ("lazy_adam", [*v, *other])):
+    config = config_of("gemjax", data, {"optimizer": optimizer})
+    lines = convert("torchrec", "gemjax", file, tmp_path / optimizer, config=config, verify=True)
+    left = [line.split()[0] for line in lines if line.endswith("left out")]
+    assert sorted(left) == sorted(wanted)
+    said = {line.split()[0]: line for line in lines}
+    assert said["tables.user.rows"].endswith("copied")
+
+
 def test_a_sharded_collection_there_and_back(data, tmp_path):
   """Trained on two processes, converted there and back, restored on three: the same bits."""
 
