@@ -7,17 +7,25 @@
 What stands behind -- goes to launch/train.py.
 """
 
+import sys
+
 import cli
 from absl import flags
 from jobs import job, jobset
 
 _NAMESPACE = flags.DEFINE_string("namespace", "", "Of the cluster.")
 _CLAIMS = flags.DEFINE_multi_string("claim", [], "CLAIM:/PATH, a persistent volume claim.")
+_LOCAL = flags.DEFINE_string(
+  "local", "", "Folder of every host's own, there also in its pods; for --config.checkpoint.local."
+)
 
 
 def main(overrides: list[str]):
   described = job.from_flags(overrides)
-  text = jobset.manifest(described, namespace=_NAMESPACE.value, claims=_CLAIMS.value)
+  volumes = {"claims": _CLAIMS.value, "local": _LOCAL.value}
+  text = jobset.manifest(described, namespace=_NAMESPACE.value, **volumes)
+  if lost := jobset.lost_snapshots(described, **volumes):
+    print(lost, file=sys.stderr)
   job.write(text, "kubectl apply -f")
 
 

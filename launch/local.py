@@ -22,7 +22,7 @@ def main(command: list[str]) -> int:
   if not command:
     raise local.LocalError("a command is missing; write it behind --, as -- python launch/train.py")
   environ = os.environ | presets.local_environment(_XLA.value)
-  place, gpus = resolve(environ), local.visible_gpus(environ)
+  place, gpus = resolve(environ), local.gpus(environ)
   environs = local.environments(_PROCESSES.value, place, gpus, environ)
   sys.exit(local.run(command, environs))
 

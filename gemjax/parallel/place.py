@@ -60,6 +60,18 @@ def resolve(environ: Mapping[str, str]) -> Place:
   return Place()
 
 
+def visible_gpus(environ: Mapping[str, str]) -> list[str] | None:
+  """The names in CUDA_VISIBLE_DEVICES; none behind one that hides GPUs. None: it is not set.
+
+  Source: CUDA's programming guide: an invalid index hides itself and all behind it, so that -1 is
+  the usual way to hide all; Slurm writes NoDevFiles.
+  """
+  if "CUDA_VISIBLE_DEVICES" not in environ:
+    return None
+  names = (name.strip() for name in environ["CUDA_VISIBLE_DEVICES"].split(","))
+  return list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), names))
+
+
 def expand_hosts(text: str) -> list[str]:
   """Slurm's list of hosts: `node[001-003,007],login` -> node001, node002, node003, node007, login.
 
@@ -146,10 +158,10 @@ def _own_gpus(environ: Mapping[str, str], local: int, tasks: int) -> tuple[int, 
   Slurm shows a task its own GPUs alone (`--gpus-per-task`, `--gpu-bind`), or all of the node's
   (`--gpus-per-node`, `--gres`): only in the second case they have to be divided here.
   """
-  visible = environ.get("CUDA_VISIBLE_DEVICES")
+  visible = visible_gpus(environ)
   if visible is None:
     return None
-  seen = len(list(filter(None, visible.split(","))))
+  seen = len(visible)
   asked = re.search(r"(\d+)$", environ.get("SLURM_GPUS_PER_TASK", ""))
   on_node = environ.get("SLURM_GPUS_ON_NODE", "")
   due = int(asked[1]) if asked else (int(on_node) if on_node.isdigit() else seen) // tasks

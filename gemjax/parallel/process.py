@@ -12,7 +12,7 @@ import sys
 import types
 
 from gemjax.parallel.peers import Peers
-from gemjax.parallel.place import Place, ProcessError, resolve
+from gemjax.parallel.place import Place, ProcessError, resolve, visible_gpus
 from gemjax.parallel.rollcall import Roll, answer_roll
 
 HUGE_PAGE = 2 << 20  # Bytes.
@@ -89,6 +89,8 @@ def _devices(place: Place) -> str:
   visible = os.environ.get("CUDA_VISIBLE_DEVICES")
   if os.environ.get("JAX_PLATFORMS") == "cpu":
     return "on the CPU"
+  if visible_gpus(os.environ) == []:
+    return f"no GPU, by CUDA_VISIBLE_DEVICES={visible}"
   if place.devices is not None:
     return f"GPUs number {', '.join(map(str, place.devices))} of CUDA_VISIBLE_DEVICES={visible}"
   return f"all GPUs of CUDA_VISIBLE_DEVICES={visible}" if visible else "all devices of the host"

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping
 
-from gemjax.parallel.place import ADDRESS, COUNT, HOSTS, INDEX, Place
+from gemjax.parallel.place import ADDRESS, COUNT, HOSTS, INDEX, Place, visible_gpus
 
 KILL_SECONDS = 15.0  # From the first failure until those that have not ended are killed.
 DRAIN_SECONDS = 5.0  # For output that a grandchild keeps open.
@@ -57,12 +57,12 @@ def environments(
   return found
 
 
-def visible_gpus(environ: Mapping[str, str]) -> list[str]:
+def gpus(environ: Mapping[str, str]) -> list[str]:
   """The GPUs that a process started here would see."""
   if environ.get("JAX_PLATFORMS") == "cpu":
     return []
-  if (named := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-    return list(filter(None, named.split(",")))
+  if (named := visible_gpus(environ)) is not None:
+    return named
   count = len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
   return [str(i) for i in range(count)]
 

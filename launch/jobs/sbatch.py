@@ -20,13 +20,23 @@ def script(job: Job, *, directives: list[str], mounts: list[str], time: str) -> 
     time: The limit, as `24:00:00`.
 
   Raises:
-    JobError: a directive is no option, the time none of Slurm's, or there are mounts but no image.
+    JobError: a directive is no option, the time none of Slurm's, a mount no pair, the code's folder
+      cannot be written into a line, or there are mounts but no image.
   """
   for directive in directives:
     if not directive.startswith("-") or "\n" in directive:
       raise JobError(f"--directive={directive} must be an option of sbatch, as --account=ads")
-  if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", time):
-    raise JobError(f"--time={time} must be minutes, hours:minutes:seconds, or days-hours")
+  if not re.fullmatch(r"(\d+-)?\d+(:[0-5]\d){0,2}", time):
+    raise JobError(
+      f"--time={time} must be minutes, hours:minutes:seconds, or days-hours, with at most 59 "
+      "behind a colon"
+    )
+  for mount in mounts:
+    # Source: pyxis' --container-mounts=SRC:DST[:FLAGS], of which a comma would begin another.
+    if not re.fullmatch(r"[^:,]+:[/.][^:,]*(:[^:,]+)?", mount):
+      raise JobError(f"--mount={mount} must be HOST:/CONTAINER, as /data:/data or /data:/data:ro")
+  if not job.code.isprintable():
+    raise JobError(f"--code={job.code!r} must be a folder's name in one line")
   if mounts and not job.image:
     raise JobError(f"--mount={mounts[0]} needs --image: without a container nothing is mounted")
   lines = [
@@ -41,7 +51,7 @@ def script(job: Job, *, directives: list[str], mounts: list[str], time: str) -> 
     "--requeue",  # A lost node: the same command goes on from the last checkpoint.
     "--open-mode=append",
     "--output=%x-%j.log",
-    *([f"--chdir={job.code}"] if job.code and not job.image else []),
+    *([f"--chdir={_quoted(job.code)}"] if job.code and not job.image else []),
     *directives,
   ]
   container = [
@@ -51,7 +61,12 @@ def script(job: Job, *, directives: list[str], mounts: list[str], time: str) -> 
   ]
   # Its own message is in the log before srun ends the others.
   step = ["srun", "--label", "--kill-on-bad-exit=1", "--distribution=block", *container]
-  exports = [f"export {n}={shlex.quote(v)}" for n, v in job.environment.items()]
+  # XLA's flags follow those of the submitter or of the node, as with launch/local.py.
+  before = {"XLA_FLAGS": '"${XLA_FLAGS:+$XLA_FLAGS }"'}
+  exports = [
+    f"export {name}={before.get(name, '')}{shlex.quote(value)}"
+    for name, value in job.environment.items()
+  ]
   return "\n".join(
     [
       "#!/bin/bash",
@@ -64,3 +79,11 @@ def script(job: Job, *, directives: list[str], mounts: list[str], time: str) -> 
       "",
     ]
   )
+
+
+def _quoted(text: str) -> str:
+  """For a line of `#SBATCH`, where any quotes group, and a backslash escapes in all of them.
+
+  Source: _get_argument of Slurm's src/sbatch/opt.c.
+  """
+  return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'

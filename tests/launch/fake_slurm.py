@@ -15,9 +15,32 @@ import threading
 JOB_ID = 4711
 
 
+def options_of(line: str) -> list[str]:
+  """As _get_argument of src/sbatch/opt.c: quotes group, a backslash escapes anything but a space
+  outside of quotes, # ends the line, and no shell is asked.
+  """
+  found, word, quote, escaped = [], "", "", False
+  for char in line + " ":
+    if char.isspace() and not quote:
+      found, word, escaped = [*found, word] if word else found, "", False
+    elif escaped:
+      word, escaped = word + char, False
+    elif char == "\\":
+      escaped = True
+    elif char == quote or (not quote and char in "\"'"):
+      quote = "" if quote else char
+    elif char == "#" and not quote:
+      return [*found, word] if word else found
+    else:
+      word += char
+  assert not quote, f"unmatched {quote} in {line}"
+  return found
+
+
 def sbatch(script: str) -> int:
   text = pathlib.Path(script).read_text()
-  given = re.findall(r"^#SBATCH (.*)$", text, re.M)
+  lines = re.findall(r"^#SBATCH(.*)$", text, re.M)
+  given = [option for line in lines for option in options_of(line)]
   parser = argparse.ArgumentParser(allow_abbrev=False)
   for name in ("job-name", "output", "open-mode", "signal", "time", "partition", "chdir"):
     parser.add_argument(f"--{name}")

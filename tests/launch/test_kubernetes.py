@@ -28,6 +28,9 @@ def check(value, schema, path="manifest"):
     assert value >= schema["minimum"], path
   if schema["type"] == "array":
     assert len(value) <= schema.get("maxItems", len(value)), path
+    if keys := schema.get("x-kubernetes-list-map-keys"):
+      found = [[item.get(key) for key in keys] for item in value]
+      assert all(found.count(key) == 1 for key in found), f"{path}: {keys} must be unique"
     for i, item in enumerate(value):
       check(item, schema["items"], f"{path}[{i}]")
   if schema["type"] == "object" and ("properties" in schema or "additionalProperties" in schema):
@@ -47,6 +50,12 @@ def manifest(launch, *flags):
 
 def pod(tree):
   return tree["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+def volume_at(tree, path):
+  [mount] = [m for m in pod(tree)["containers"][0]["volumeMounts"] if m["mountPath"] == path]
+  [volume] = [v for v in pod(tree)["volumes"] if v["name"] == mount["name"]]
+  return {kind: source for kind, source in volume.items() if kind != "name"}
 
 
 @pytest.mark.parametrize("nodes", [1, 16])
@@ -73,6 +82,49 @@ def test_the_check_finds_faults(field, value, launch):
   pod(tree)["containers"][0][field] = value
   with pytest.raises(AssertionError, match=rf"containers\[0\]\.{field}"):
     check(tree, SCHEMA)
+
+
+def test_the_check_finds_two_volumes_at_one_path(launch):
+  tree = manifest(launch, *FLAGS)
+  pod(tree)["containers"][0]["volumeMounts"].append({"name": "x", "mountPath": "/runs"})
+  with pytest.raises(AssertionError, match=r"volumeMounts: \['mountPath'\] must be unique"):
+    check(tree, SCHEMA)
+
+
+# The second is the hosts' memory, inside of the pod's own.
+@pytest.mark.parametrize("folder", ["/mnt/disk", "/dev/shm/gemjax"])
+def test_a_folder_of_the_hosts_keeps_snapshots(folder, launch):
+  code, out, err = launch(
+    "kubernetes", "--dry_run", *FLAGS, f"--local={folder}/", "--claim=data:/mnt", "--",
+    f"--config.checkpoint.local={folder}/snapshots", "--config.checkpoint.local_every=100",
+  )  # fmt: skip
+  assert (code, err) == (0, "")
+  tree = yaml.safe_load(out)
+  check(tree, SCHEMA)
+  assert volume_at(tree, folder) == {"hostPath": {"path": folder, "type": "DirectoryOrCreate"}}
+  assert volume_at(tree, "/mnt") == {"persistentVolumeClaim": {"claimName": "data"}}
+  assert volume_at(tree, "/dev/shm") == {"emptyDir": {"medium": "Memory"}}
+
+
+@pytest.mark.parametrize(
+  ("local", "folder", "lost"),
+  [
+    ("", "/dev/shm/gemjax", True),
+    ("", "/scratch", True),
+    ("/mnt/disk", "/mnt/disks", True),
+    ("/mnt/disk", "/mnt/disk/../x", True),
+    ("/mnt/disk", "snapshots", True),  # In the image, where the command starts.
+    ("/mnt/disk", "/mnt/disk", False),
+    ("", "/runs/snapshots", False),  # A claim outlives pods.
+    ("", "", False),
+  ],
+)
+def test_snapshots_that_would_go_with_the_pod(local, folder, lost, launch):
+  snapshots = ("--config.checkpoint.local=/scratch", f"--config.checkpoint.local={folder}")
+  code, out, err = launch("kubernetes", "--dry_run", *FLAGS, f"--local={local}", "--", *snapshots)
+  assert code == 0 and "kind: JobSet" in out
+  said = f"--config.checkpoint.local={re.escape(folder)}: such snapshots go with the pod.*\n"
+  assert re.fullmatch(said if lost else "", err)
 
 
 def test_the_pods_are_one_run(launch, stub):
@@ -109,7 +161,20 @@ def test_the_pods_are_one_run(launch, stub):
       "--claim=runs must be CLAIM:/PATH",
     ),
     ((*FLAGS, "--claim=Runs_X:/b"), "--claim=Runs_X:/b must be CLAIM:/PATH"),
-    ((*FLAGS, "--claim=b:/runs"), "--claim=runs:/runs: two claims are mounted at /runs"),
+    ((*FLAGS, "--claim=b:/runs"), "--claim=b:/runs: two claims are mounted at /runs"),
+    ((*FLAGS, "--claim=b:/runs/"), "--claim=b:/runs/: two claims are mounted at /runs"),
+    ((*FLAGS, "--claim=b://runs"), "--claim=b://runs: two claims are mounted at /runs"),
+    ((*FLAGS, "--claim=shm:/dev/shm"), "--claim=shm:/dev/shm would hide /dev/shm"),
+    ((*FLAGS, "--claim=dev:/dev/"), "--claim=dev:/dev/ would hide /dev/shm"),
+    ((*FLAGS, "--claim=r:/"), "--claim=r:/ would hide /dev/shm or all of the image"),
+    ((*FLAGS, "--claim=d:/data:ro"), "--claim=d:/data:ro: '/data:ro' must be an absolute path"),
+    ((*FLAGS, "--claim=d:/data/../x"), "--claim=d:/data/../x: '/data/../x' must be an absolute"),
+    ((*FLAGS, "--local=disk"), "--local=disk: 'disk' must be an absolute path"),
+    ((*FLAGS, "--local=/dev/shm"), "--local=/dev/shm would hide /dev/shm"),
+    ((*FLAGS, "--local=/runs"), "--local=/runs: a claim is mounted there"),
+    ((*FLAGS, "--local=/runs/x"), "--workdir=/runs/x lies in no --claim"),
+    ((*FLAGS, "--workdir=/runs/../tmp/x"), "--workdir=/runs/../tmp/x lies in no --claim"),
+    ((*FLAGS, "--workdir=/dev/shm/x"), "--workdir=/dev/shm/x lies in no --claim"),
     ((*FLAGS, "--workdir=/elsewhere/x"), "--workdir=/elsewhere/x lies in no --claim"),
     ((*FLAGS, "--namespace=Bad NS"), "--namespace=Bad NS must be of a-z"),
   ],

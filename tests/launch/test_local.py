@@ -50,6 +50,22 @@ def test_gpus_that_cannot_be_divided(launch):
   assert code == 1 and err.startswith("error: 3 GPUs cannot be divided among --processes=2")
 
 
+@pytest.mark.parametrize("hidden", ["-1", "", "NoDevFiles"])
+def test_hidden_gpus_are_none(hidden, launch):
+  gpus = {"CUDA_VISIBLE_DEVICES": hidden, "JAX_PLATFORMS": ""}
+  code, out, err = launch("local", "--processes=2", *python(PLACE), **gpus)
+  lines = [line.rstrip() for line in out.splitlines() if "127" not in line]
+  assert (code, err) == (0, "")
+  assert sorted(lines) == [f"[0] 0 2 {hidden}".rstrip(), f"[1] 1 2 {hidden}".rstrip()]
+
+
+def test_gpus_behind_a_hidden_one_are_hidden_too(launch):
+  gpus = {"CUDA_VISIBLE_DEVICES": "4, 5,-1,6", "JAX_PLATFORMS": ""}
+  code, out, _ = launch("local", "--processes=2", *python(PLACE), **gpus)
+  lines = sorted(line for line in out.splitlines() if "127" not in line)
+  assert (code, lines) == (0, ["[0] 0 2 4", "[1] 1 2 5"])
+
+
 def test_hosts_of_a_larger_run(launch):
   outer = {
     "JAX_COORDINATOR_ADDRESS": "alpha:4000", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2",

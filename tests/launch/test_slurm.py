@@ -66,6 +66,42 @@ def test_every_process_has_its_place_and_its_gpus(process, lines, launch, stub, 
   assert sorted(out.splitlines()) == [line + command for line in lines]
 
 
+@pytest.mark.parametrize("before", ["", "--xla_dump_to='a b' --xla_c=$HOME"])
+@pytest.mark.parametrize("preset", ["default", "overlap"])
+def test_flags_of_xla_follow_the_submitters(preset, before, launch, tmp_path, monkeypatch):
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  show = tmp_path / "show"
+  show.write_text('#!/bin/sh\necho "<$XLA_FLAGS>"\n')
+  show.chmod(0o755)
+  script = written(
+    launch, tmp_path, "--gpus=0", f"--xla={preset}", f"--python={show}", "--config=c",
+    "--workdir=w",
+  )  # fmt: skip
+  code, out = submit(script, **({"XLA_FLAGS": before} if before else {}))
+  assert code == 0, out
+  flags = out.strip().removeprefix("0: <").removesuffix(">")
+  assert flags.startswith(before)
+  added = flags.removeprefix(before)
+  if preset == "default":
+    assert not added
+  else:
+    space = " " * bool(before)
+    assert added.startswith(f"{space}--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu")
+
+
+@pytest.mark.parametrize("folder", ["code", "my code", "it's", 'a"b', "a\\b c\\", "a #b", "$HOME"])
+def test_the_folder_of_the_code_may_have_any_name(folder, launch, tmp_path):
+  code = tmp_path / folder
+  code.mkdir()
+  where = tmp_path / "where"
+  where.write_text("#!/bin/sh\npwd\n")
+  where.chmod(0o755)
+  script = written(
+    launch, tmp_path, "--gpus=0", f"--code={code}", f"--python={where}", "--config=c", "--workdir=w"
+  )
+  assert submit(script) == (0, f"0: {code}\n")
+
+
 def test_a_failure_is_the_jobs(launch, tmp_path):
   script = written(
     launch, tmp_path, "--nodes=2", "--gpus=0", f"--python={sys.executable}",
@@ -95,6 +131,12 @@ def test_a_dry_run_prints_the_same_and_writes_nothing(launch, tmp_path):
     (("--config=c", "--workdir=w", "--", "seed=1"), "'seed=1' behind -- must be a flag"),
     (("--config=c", "--workdir=w", "--directive=partition=x"), "must be an option of sbatch"),
     (("--config=c", "--workdir=w", "--time=a day"), "--time=a day must be minutes"),
+    (("--config=c", "--workdir=w", "--time=24:60:00"), "--time=24:60:00 must be minutes"),
+    (("--config=c", "--workdir=w", "--time=1-2:00:99"), "--time=1-2:00:99 must be minutes"),
+    (("--config=c", "--workdir=w", "--image=i", "--mount=x"), "--mount=x must be HOST:/CONTAINER"),
+    (("--config=c", "--workdir=w", "--image=i", "--mount=/a:b"), "--mount=/a:b must be HOST:/CONT"),
+    (("--config=c", "--workdir=w", "--image=i", "--mount=/a:/b,/c"), "--mount=/a:/b,/c must be"),
+    (("--config=c", "--workdir=w", "--code=/a\nb"), "--code='/a\\nb' must be a folder's name"),
     (("--config=c", "--workdir=w", "--mount=/a:/b"), "--mount=/a:/b needs --image"),
     (("--config=c", "--workdir=w"), "--output is missing"),
     (("--config=c", "--workdir=w", "--output=/no/such/folder/x"), "writing /no/such/folder/x"),

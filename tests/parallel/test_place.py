@@ -90,6 +90,14 @@ def test_more_tasks_than_gpus_are_refused():  # jax#29669
     resolve(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8"} | {"SLURM_NODEID": "0"})
 
 
+def test_tasks_whose_gpus_are_hidden_share_none():
+  hidden = {"CUDA_VISIBLE_DEVICES": "-1", "SLURM_GPUS_ON_NODE": "", "SLURM_GPUS_PER_TASK": ""}
+  assert resolve(SLURM | hidden).devices is None
+  partly = {"CUDA_VISIBLE_DEVICES": "0,1,-1,3", "SLURM_GPUS_ON_NODE": ""}
+  with pytest.raises(ProcessError, match="4 tasks of Slurm share 2 GPUs"):
+    resolve(SLURM | partly)
+
+
 def test_cyclic_tasks_have_no_known_hosts():
   assert resolve(SLURM | {"SLURM_DISTRIBUTION": "cyclic"}).hosts == ()
 
