@@ -244,11 +244,22 @@ class _Run:
       notes[n] for n in ("valid", "train_loss", "seconds")
     )
 
+  def _best(self, last: TrainState) -> TrainState:
+    """That of the best checkpoint; the last one where it cannot be read, and says so."""
+    from gemjax.checkpoint import CheckpointError
+
+    try:
+      return self.recovery.checkpoints.restore(self.trainer.abstract(), self.best.step).state
+    except CheckpointError as error:
+      self.progress.say(f"the best checkpoint cannot be tested, the last one is: {error}")
+      self.best.step, self.valid = int(last.step), self._results(last, "valid")
+      return last
+
   def _report(self, state: TrainState) -> dict[str, Any]:
     """Tests the best checkpoint and writes the summary."""
     done = int(state.step)
-    if self.best.step is not None and self.best.step != done:
-      state = self.recovery.checkpoints.restore(self.trainer.abstract(), self.best.step).state
+    if self.best.step not in (None, done):
+      state = self._best(state)
     test = self._results(state, "test")
     batch = self.config.data.batch_size
     summary = {

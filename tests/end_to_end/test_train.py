@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from bad import flip
 
 from gemjax import config as c
 from gemjax.checkpoint import Checkpoints
@@ -76,7 +77,9 @@ def test_a_finished_run_started_again_gives_the_same_summary(trained, config):
     assert again[key] == before[key], key
 
 
-def test_early_stopping_tests_the_best_checkpoint_and_more_patience_goes_on(tmp_path, config):
+def test_early_stopping_tests_the_best_checkpoint_and_more_patience_goes_on(
+  tmp_path, config, capsys
+):
   config.train.epochs, config.train.patience, config.checkpoint.keep = 3, 1, 1
   config.optimizer.learning_rate = 0.1  # Overfits.
   run = tmp_path / "run"
@@ -89,7 +92,19 @@ def test_early_stopping_tests_the_best_checkpoint_and_more_patience_goes_on(tmp_
   assert notes["best"]["since"] == 1 and notes["best"]["value"] == found["valid"]["ne"]
   for split in ("valid", "test"):
     assert evaluate_run(run, split, step=best).results == found[split]["tasks"]
-  assert evaluate_run(run, "valid", step=last).results != found["valid"]["tasks"]
+  results = evaluate_run(run, "valid", step=last).results
+  assert results != found["valid"]["tasks"]
+
+  file = max(
+    (run / CHECKPOINTS / f"{best:09d}" / "state").rglob("d/*"), key=lambda f: f.stat().st_size
+  )
+  flip(file)
+  found = train(config, run)
+  assert f"the best checkpoint cannot be tested, the last one is: {file} is corrupt" in (
+    capsys.readouterr().out
+  )
+  assert found["train"]["best_step"] == last and found["valid"]["tasks"] == results
+  flip(file)
 
   config.train.patience = 0
   assert train(config, run)["train"]["steps"] == 94
