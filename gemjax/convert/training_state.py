@@ -114,7 +114,7 @@ def state_of(trainer: Trainer, tensors: Tensors) -> Any:
   """The state before the first step with these weights, a tree of `Streamed`; inverse of
   `tensors_of`.
 
-  Rows of padding are zeros. Of a stack all rows are in memory while it is written.
+  Rows of padding are zeros. Of a stack half the rows are in memory while it is written.
   """
   by_leaf: dict[str, list[Part]] = {}
   for part in parts(trainer):
@@ -243,14 +243,21 @@ def _positions(trainer: Trainer, table: str, rows: np.ndarray) -> np.ndarray:
 def _stacked(
   trainer: Trainer, like: Any, its: list[Part], tensors: Tensors, rows: int
 ) -> Iterator[np.ndarray]:
-  array = np.zeros(like.shape, like.dtype)
-  for part in its:
-    done = 0
-    for piece in tensors[part.name].pieces():
-      array[_positions(trainer, part.table, np.arange(done, done + len(piece)))] = piece
-      done += len(piece)
-  for start in range(0, len(array), rows):
-    yield array[start : start + rows]
+  # In halves, for which tables are read twice: beside them may be a stack that they are read from.
+  half = -(-like.shape[0] // (2 * rows)) * rows
+  for begin in range(0, like.shape[0], half):
+    array = np.zeros((min(half, like.shape[0] - begin), *like.shape[1:]), like.dtype)
+    for part in its:
+      done = 0
+      for piece in tensors[part.name].pieces():
+        row_N = np.arange(done, done + len(piece))
+        at_N = _positions(trainer, part.table, row_N).astype(np.int64) - begin
+        here_N = (at_N >= 0) & (at_N < len(array))
+        array[at_N[here_N]] = piece[here_N]
+        done += len(piece)
+    for start in range(0, len(array), rows):
+      yield array[start : start + rows].copy()  # Whoever holds a piece holds no half.
+    del array
 
 
 def _grouped(layers: Iterator[np.ndarray], rows: int) -> Iterator[np.ndarray]:
