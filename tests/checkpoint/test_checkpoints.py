@@ -1,9 +1,9 @@
 """Checkpoints of small trees: exact, kept by age and by merit, checked, and failing loudly."""
 
-import random
 import resource
 import shutil
 
+import hurt
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,28 +111,18 @@ def test_whatever_byte_is_hurt_nothing_wrong_is_restored(folder, tmp_path):
   checkpoints = Checkpoints(folder, keep=1)
   checkpoints.save(1, state, {"note": 1}, best=None)
   checkpoints.wait()
-  rng, hurt = random.Random(0), 0
+  harmed, copy = 0, tmp_path / "copy"
   files = [f for f in folder.rglob("*") if f.is_file() and f.name != COMMITTED and f.stat().st_size]
-  for file in files:
-    for harm in ("flip", "truncate", "delete"):
-      copy = shutil.copytree(folder, tmp_path / "copy")
-      target = copy / file.relative_to(folder)
-      content = bytearray(target.read_bytes())
-      if harm == "flip":
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-      target.write_bytes(content[: len(content) // 2] if harm == "truncate" else content)
-      if harm == "delete":
-        target.unlink()
-      try:
-        found = Checkpoints(copy, read_only=True).restore(jax.eval_shape(tree))
-        same(found.state, state)  # Orbax's own book-keeping may be hurt without effect.
-        assert found.notes == {"note": 1} and file.name == "_CHECKPOINT_METADATA"
-      except CheckpointError as error:
-        hurt += 1
-        assert target.name in str(error) or file.name == "digest.json"
-        assert "train anew" in str(error)
-      shutil.rmtree(copy)
-  assert hurt >= 3 * 6
+  for target in hurt.copies(folder, files, copy):
+    try:
+      found = Checkpoints(copy, read_only=True).restore(jax.eval_shape(tree))
+      same(found.state, state)  # Orbax's own book-keeping may be hurt without effect.
+      assert found.notes == {"note": 1} and target.name == "_CHECKPOINT_METADATA"
+    except CheckpointError as error:
+      harmed += 1
+      assert target.name in str(error) or target.name == "digest.json"
+      assert "train anew" in str(error)
+  assert harmed >= 3 * 6
 
 
 def test_a_hurt_checkpoint_is_set_aside_for_the_newest_sound_one(folder, tmp_path):

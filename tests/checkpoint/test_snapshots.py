@@ -1,9 +1,9 @@
 """Snapshots of small trees: exact, whole or not there, and given by whoever holds the same."""
 
 import os
-import random
 import shutil
 
+import hurt
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,27 +132,16 @@ def test_two_are_kept_and_others_leave_no_trace(folder):
 
 def test_whatever_byte_is_hurt_the_one_before_is_taken(folder, tmp_path):
   _, asked = saved(folder, 1, 2)
-  mesh, rng, hurt = make_mesh(1, 1, jax.devices()[:1]), random.Random(0), 0
-  for file in [f for f in (folder / "000000002.0").rglob("*") if f.is_file()]:
-    for harm in ("flip", "truncate", "delete"):
-      copy = shutil.copytree(folder, tmp_path / "copy")
-      target = copy / file.relative_to(folder)
-      content = bytearray(target.read_bytes())
-      if harm == "flip":
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        target.write_bytes(content)
-      elif harm == "truncate":
-        target.write_bytes(content[: len(content) // 2])
-      else:
-        target.unlink()
-      found, passed = Snapshots(copy).restore(asked, [2, 1])
-      assert found.step == 1, (file, harm)
-      same(found.state, state(mesh, 1))
-      (sentence,) = passed
-      assert str(target) in sentence and sentence.endswith(": step 2 is passed over"), sentence
-      shutil.rmtree(copy)
-      hurt += 1
-  assert hurt == 15
+  mesh, harmed, copy = make_mesh(1, 1, jax.devices()[:1]), 0, tmp_path / "copy"
+  files = [f for f in (folder / "000000002.0").rglob("*") if f.is_file()]
+  for target in hurt.copies(folder, files, copy):
+    found, passed = Snapshots(copy).restore(asked, [2, 1])
+    assert found.step == 1, target
+    same(found.state, state(mesh, 1))
+    (sentence,) = passed
+    assert str(target) in sentence and sentence.endswith(": step 2 is passed over"), sentence
+    harmed += 1
+  assert harmed == 15
 
 
 def test_a_kill_at_any_call_of_the_operating_system_leaves_the_one_before(folder, monkeypatch):
