@@ -6,6 +6,7 @@ Letters: B examples, D width of a unit, N units in, K rank, L units out.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
@@ -16,6 +17,7 @@ from flax import nnx
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.linear import KERNEL, contract, kernel_init
 from gemjax.layers.mlp import Mlp
+from gemjax.layers.norm import written_once
 
 GROUPS = 16  # Of examples, in which gradients of a map over units are summed.
 
@@ -44,6 +46,9 @@ class FactorizationMachine(nnx.Module):
   optimised  X (Xᵀ Y), Y in R^{N x K} learnt              (B, D, N) -> (B, N * K), O(N K D)
   attentive  as optimised, Y = reshape(MLP(flatten(C X))) of each example, C in R^{A x N}
 
+  The map of units that it begins with, Xᵀ Y or C X, is the caller's to compute, beside others that
+  read X (`map_together`): its kernel is `mapped_by`, None where there is none.
+
   Source: Wukong, section 3.4. The sizes inside the attentive MLP are unpublished; ours are A = K
   compressed units and one hidden layer of 4 K.
   """
@@ -57,19 +62,45 @@ class FactorizationMachine(nnx.Module):
       self.compress = UnitLinear(units, rank, dtype=dtype, rngs=rngs)
       self.mlp = Mlp(rank * dim, (4 * rank,), units * rank, dtype=dtype, rngs=rngs)
 
+  @property
+  def mapped_by(self) -> nnx.Param | None:
+    """The kernel (N, K) of the map that comes first."""
+    if self.kind == "attentive":
+      return self.compress.kernel_NL
+    return self.y_NK if self.kind == "optimised" else None
+
   @jax.named_scope("fm")
-  def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
-    if self.kind == "basic":
-      pairs = jnp.einsum("bdn,bdm->bnm", x_BDN, x_BDN)
-    else:
-      if self.kind == "optimised":
-        mixed_BDK = map_units(x_BDN, self.y_NK[...], self.units, self.dtype)
-      else:
-        y = self.mlp(rearrange(self.compress(x_BDN), "b d a -> b (a d)"), fold(key_B, 0))
-        y_BNK = rearrange(y, "b (n k) -> b n k", n=self.units)
-        mixed_BDK = jnp.einsum("bdn,bnk->bdk", x_BDN, y_BNK)
-      pairs = jnp.einsum("bdn,bdk->bnk", x_BDN, mixed_BDK)
-    return rearrange(pairs, "b n k -> b (n k)")
+  def __call__(
+    self, x_BDN: jax.Array, mapped_BDK: jax.Array | None, key_B: Key = None
+  ) -> jax.Array:
+    mixed_BDK = x_BDN if self.kind == "basic" else mapped_BDK
+    if self.kind == "attentive":
+      y = self.mlp(rearrange(mapped_BDK, "b d a -> b (a d)"), fold(key_B, 0))
+      y_BNK = rearrange(y, "b (n k) -> b n k", n=self.units)
+      mixed_BDK = jnp.einsum("bdn,bnk->bdk", x_BDN, y_BNK)
+    return rearrange(_dots(mixed_BDK, x_BDN), "b k n -> b (k n)")
+
+
+# XLA for CPUs multiplies fast what is summed over the last axis of the first operand: forward the
+# small one is transposed for it, backward nothing needs to be.
+@jax.custom_vjp
+def _dots(mixed_BDK, x_BDN):
+  """(B, K, N)"""
+  mixed_BKD = written_once(rearrange(mixed_BDK, "b d k -> b k d"))
+  return jnp.einsum("bkd,bdn->bkn", mixed_BKD, x_BDN)
+
+
+def _dots_forward(mixed_BDK, x_BDN):
+  return _dots(mixed_BDK, x_BDN), (mixed_BDK, x_BDN)
+
+
+def _dots_backward(kept, gradient_BKN):
+  mixed_BDK, x_BDN = kept
+  of_mixed_BDK = jnp.einsum("bdn,bkn->bdk", x_BDN, gradient_BKN)
+  return of_mixed_BDK, jnp.einsum("bdk,bkn->bdn", mixed_BDK, gradient_BKN)
+
+
+_dots.defvjp(_dots_forward, _dots_backward)
 
 
 def map_units(x_BDN: jax.Array, kernel_NL: jax.Array, units: int, dtype: str) -> jax.Array:
@@ -77,6 +108,24 @@ def map_units(x_BDN: jax.Array, kernel_NL: jax.Array, units: int, dtype: str) ->
   if kernel_NL.shape[0] != units:
     return contract("bdn,nl->bdl", x_BDN, kernel_NL, units, dtype)
   return _map_whole(x_BDN.astype(dtype), kernel_NL)
+
+
+def map_together(
+  x_BDN: jax.Array, kernels: list[nnx.Param | None], units: int, dtype: str
+) -> list[jax.Array | None]:
+  """X W for every W, None for None, in one product for all that lie whole and one for all shards.
+
+  X is read once for all of them, and its gradient is written once instead of summed.
+  """
+  found: list[jax.Array | None] = [None] * len(kernels)
+  present = {i: kernel[...] for i, kernel in enumerate(kernels) if kernel is not None}
+  for rows in sorted({kernel.shape[0] for kernel in present.values()}):
+    alike = {i: kernel for i, kernel in present.items() if kernel.shape[0] == rows}
+    ends = list(itertools.accumulate(kernel.shape[1] for kernel in alike.values()))
+    y_BDL = map_units(x_BDN, jnp.concatenate(list(alike.values()), 1), units, dtype)
+    for i, part in zip(alike, jnp.split(y_BDL, ends[:-1], 2)):
+      found[i] = part
+  return found
 
 
 # W's gradient is a small matrix, a sum over B D: in groups side by side XLA neither writes X
@@ -92,6 +141,7 @@ def _forward(x_BDN, kernel_NL):
 
 def _backward(kept, gradient_BDL):
   x_BDN, kernel_NL = kept
+  gradient_BDL = written_once(gradient_BDL)
   of_x_BDN = jnp.einsum("bdl,nl->bdn", gradient_BDL, kernel_NL.astype(x_BDN.dtype))
   groups = math.gcd(len(x_BDN), GROUPS)
   x_GRN, gradient_GRL = (

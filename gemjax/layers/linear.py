@@ -35,9 +35,12 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((outputs,)), axes=("fan_out",))
     self.inputs, self.dtype, self.float8 = inputs, dtype, float8
 
-  def __call__(self, x_BI: jax.Array) -> jax.Array:
+  def __call__(self, x_BI: jax.Array, outer: int = 0) -> jax.Array:
+    """With `outer` the inputs lie (k outer) where W's rows lie (outer k)."""
     kernel = self.kernel[...]
-    y_BO = contract("bi,io->bo", x_BI, kernel, self.inputs, self.dtype, float8=self.float8)
+    y_BO = contract(
+      "bi,io->bo", x_BI, kernel, self.inputs, self.dtype, float8=self.float8, outer=outer
+    )
     return y_BO + rearrange(self.bias[...].astype(self.dtype), "o -> 1 o")
 
 
@@ -49,6 +52,7 @@ def contract(
   dtype: str,
   *,
   float8: bool = False,
+  outer: int = 0,
 ) -> jax.Array:
   """einsum(equation, x, W) in `dtype`, where W is the whole kernel.
 
@@ -59,11 +63,17 @@ def contract(
     inputs: Rows of W.
     dtype: W is cast to it before it is gathered: what the product needs, in half the bytes.
     float8: Whether x and W are multiplied in 8 bits (gemjax/layers/float8.py).
+    outer: Where not 0, W's rows, (outer k), are taken in the order (k outer).
   """
   x = x.astype(dtype)
   if kernel.shape[0] == inputs:
-    return _product(float8)(equation, x, kernel.astype(dtype))
-  return _contract_shard(equation, dtype, float8, x, kernel)
+    return _product(float8)(equation, x, inner_first(kernel.astype(dtype), outer))
+  return _contract_shard(equation, dtype, float8, outer, x, kernel)
+
+
+def inner_first(w: jax.Array, outer: int) -> jax.Array:
+  """w with its first axis, (outer k), in the order (k outer); w itself where `outer` is 0."""
+  return rearrange(w, "(o k) ... -> (k o) ...", o=outer) if outer else w
 
 
 def _product(in_8_bits: bool):
@@ -75,32 +85,33 @@ def _product(in_8_bits: bool):
 # back until the gradient of the output is there; here it may run ahead, beside other work. Outside
 # of loops over layers XLA sees that both gathers are one, and keeps that W: of the first layer and
 # the heads, which are a small part of all and would wait for it.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _contract_shard(equation, dtype, float8, x, shard):
-  return _product(float8)(equation, x, _gather(shard, dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _contract_shard(equation, dtype, float8, outer, x, shard):
+  return _product(float8)(equation, x, _gather(shard, dtype, outer))
 
 
-def _forward(equation, dtype, float8, x, shard):
+def _forward(equation, dtype, float8, outer, x, shard):
   if not float8:
-    return _contract_shard(equation, dtype, float8, x, shard), (x, shard)
-  x8, kernel8 = float8_lib.rounded(x), float8_lib.rounded(_gather(shard, dtype))
+    return _contract_shard(equation, dtype, float8, outer, x, shard), (x, shard)
+  x8, kernel8 = float8_lib.rounded(x), float8_lib.rounded(_gather(shard, dtype, outer))
   return float8_lib.product(equation, x8, kernel8, dtype), (x8, shard)
 
 
-def _backward(equation, dtype, float8, kept, gradient):
+def _backward(equation, dtype, float8, outer, kept, gradient):
   x, shard = kept
-  kernel = _gather(shard, dtype)
+  gathered = lambda shard: _gather(shard, dtype, outer)
+  kernel = gathered(shard)
   if float8:
     of_x, of_kernel = float8_lib.gradients(equation, x, float8_lib.rounded(kernel), gradient)
-    return of_x, *jax.linear_transpose(lambda s: _gather(s, dtype), shard)(of_kernel)
+    return of_x, *jax.linear_transpose(gathered, shard)(of_kernel)
   of_x = jax.linear_transpose(lambda x: jnp.einsum(equation, x, kernel), x)
-  of_shard = jax.linear_transpose(lambda s: jnp.einsum(equation, x, _gather(s, dtype)), shard)
+  of_shard = jax.linear_transpose(lambda s: jnp.einsum(equation, x, gathered(s)), shard)
   return *of_x(gradient), *of_shard(gradient)
 
 
 _contract_shard.defvjp(_forward, _backward)
 
 
-def _gather(shard: jax.Array, dtype: str) -> jax.Array:
+def _gather(shard: jax.Array, dtype: str, outer: int) -> jax.Array:
   """The whole kernel; the transpose sums gradients over `model` and keeps this device's rows."""
-  return jax.lax.all_gather(shard.astype(dtype), MODEL, axis=0, tiled=True)
+  return inner_first(jax.lax.all_gather(shard.astype(dtype), MODEL, axis=0, tiled=True), outer)

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
 
-from gemjax.layers.interaction import GROUPS, map_units
+from gemjax.config import MODEL
+from gemjax.layers.interaction import GROUPS, map_together, map_units
 
 D, N, L = 3, 5, 2
 
@@ -25,3 +28,27 @@ def test_every_batch_size(batch, dtype, tolerance):
               np.einsum("bdn,bdl->nl", x, g))  # fmt: skip
   for found, right in zip((y, of_x, of_w), expected):
     np.testing.assert_allclose(np.float64(found), right, rtol=0, atol=tolerance * abs(right).max())
+
+
+def test_maps_whose_kernels_lie_whole_or_in_shards_are_each_their_own():
+  """A small kernel beside one that is large enough to be sharded, and one that is not there."""
+  rng = np.random.default_rng(0)
+  units, widths = 4, (2, 3, 1)
+  x_BDN = jnp.asarray(rng.normal(size=(5, D, units)), jnp.float32)
+  kernels = [jnp.asarray(rng.normal(size=(units, w)), jnp.float32) for w in widths]
+
+  def maps(x_BDN, *kernels):
+    first, *others = [nnx.Param(kernel) for kernel in kernels]
+    return [
+      m for m in map_together(x_BDN, [first, None, *others], units, "float32") if m is not None
+    ]
+
+  whole, sharded = PartitionSpec(), PartitionSpec(MODEL)
+  mesh = jax.make_mesh((2,), (MODEL,))
+  found = jax.jit(
+    jax.shard_map(
+      maps, mesh=mesh, in_specs=(whole, whole, sharded, whole), out_specs=whole, check_vma=False
+    )
+  )(x_BDN, *kernels)
+  for y_BDL, kernel_NL in zip(found, kernels, strict=True):
+    np.testing.assert_allclose(y_BDL, np.float64(x_BDN) @ np.float64(kernel_NL), atol=1e-5)
