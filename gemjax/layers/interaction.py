@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from gemjax.layers.dropout import Key, fold
-from gemjax.layers.linear import KERNEL, contract, kernel_init
+from gemjax.layers.linear import KERNEL, contract, kernel_init, side_by_side
 from gemjax.layers.mlp import Mlp
 from gemjax.layers.norm import written_once
 
@@ -35,7 +35,7 @@ class UnitLinear(nnx.Module):
 
   @jax.named_scope("unit_linear")
   def __call__(self, x_BDN: jax.Array) -> jax.Array:
-    y_BDL = map_units(x_BDN, self.kernel_NL[...], self.units, self.dtype)
+    y_BDL = map_units(x_BDN, (self.kernel_NL[...],), self.units, self.dtype)
     return y_BDL if self.bias_L is None else y_BDL + self.bias_L[...].astype(self.dtype)
 
 
@@ -103,11 +103,15 @@ def _dots_backward(kept, gradient_BKN):
 _dots.defvjp(_dots_forward, _dots_backward)
 
 
-def map_units(x_BDN: jax.Array, kernel_NL: jax.Array, units: int, dtype: str) -> jax.Array:
-  """(B, D, L): every example's X W, W whole or this device's rows of it (`contract`)."""
-  if kernel_NL.shape[0] != units:
-    return contract("bdn,nl->bdl", x_BDN, kernel_NL, units, dtype)
-  return _map_whole(x_BDN.astype(dtype), kernel_NL)
+def map_units(
+  x_BDN: jax.Array, kernels: tuple[jax.Array, ...], units: int, dtype: str
+) -> jax.Array:
+  """(B, D, L): every example's X W, W the columns of all `kernels`, which lie whole or are this
+  device's rows (`contract`).
+  """
+  if kernels[0].shape[0] != units:
+    return contract("bdn,nl->bdl", x_BDN, kernels, units, dtype)
+  return _map_whole(x_BDN.astype(dtype), kernels)
 
 
 def map_together(
@@ -122,7 +126,7 @@ def map_together(
   for rows in sorted({kernel.shape[0] for kernel in present.values()}):
     alike = {i: kernel for i, kernel in present.items() if kernel.shape[0] == rows}
     ends = list(itertools.accumulate(kernel.shape[1] for kernel in alike.values()))
-    y_BDL = map_units(x_BDN, jnp.concatenate(list(alike.values()), 1), units, dtype)
+    y_BDL = map_units(x_BDN, tuple(alike.values()), units, dtype)
     for i, part in zip(alike, jnp.split(y_BDL, ends[:-1], 2)):
       found[i] = part
   return found
@@ -131,26 +135,28 @@ def map_together(
 # W's gradient is a small matrix, a sum over B D: in groups side by side XLA neither writes X
 # transposed nor leaves cores idle.
 @jax.custom_vjp
-def _map_whole(x_BDN, kernel_NL):
-  return jnp.einsum("bdn,nl->bdl", x_BDN, kernel_NL.astype(x_BDN.dtype))
+def _map_whole(x_BDN, kernels):
+  return jnp.einsum("bdn,nl->bdl", x_BDN, side_by_side(kernels, x_BDN.dtype))
 
 
-def _forward(x_BDN, kernel_NL):
-  return _map_whole(x_BDN, kernel_NL), (x_BDN, kernel_NL)
+def _forward(x_BDN, kernels):
+  return _map_whole(x_BDN, kernels), (x_BDN, kernels)
 
 
 def _backward(kept, gradient_BDL):
-  x_BDN, kernel_NL = kept
+  x_BDN, kernels = kept
   gradient_BDL = written_once(gradient_BDL)
-  of_x_BDN = jnp.einsum("bdl,nl->bdn", gradient_BDL, kernel_NL.astype(x_BDN.dtype))
+  kernel_NL = side_by_side(kernels, x_BDN.dtype)
+  of_x_BDN = jnp.einsum("bdl,nl->bdn", gradient_BDL, kernel_NL)
   groups = math.gcd(len(x_BDN), GROUPS)
   x_GRN, gradient_GRL = (
     rearrange(a, "(g b) d n -> g (b d) n", g=groups) for a in (x_BDN, gradient_BDL)
   )
   of_kernel_GNL = jnp.einsum(
-    "grn,grl->gnl", x_GRN, gradient_GRL, preferred_element_type=kernel_NL.dtype
+    "grn,grl->gnl", x_GRN, gradient_GRL, preferred_element_type=kernels[0].dtype
   )
-  return of_x_BDN, of_kernel_GNL.sum(0)
+  ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
+  return of_x_BDN, tuple(jnp.split(of_kernel_GNL.sum(0), ends[:-1], 1))
 
 
 _map_whole.defvjp(_forward, _backward)

@@ -47,7 +47,7 @@ class Linear(nnx.Module):
 def contract(
   equation: str,
   x: jax.Array,
-  kernel: jax.Array,
+  kernel: jax.Array | tuple[jax.Array, ...],
   inputs: int,
   dtype: str,
   *,
@@ -59,16 +59,21 @@ def contract(
   Args:
     equation: Of two operands.
     x: Activations.
-    kernel: W, or this device's rows of it in the order of the `model` axis.
+    kernel: W, or this device's rows of it in the order of the `model` axis; of several matrices
+      the columns side by side.
     inputs: Rows of W.
     dtype: W is cast to it before it is gathered: what the product needs, in half the bytes.
     float8: Whether x and W are multiplied in 8 bits (gemjax/layers/float8.py).
     outer: Where not 0, W's rows, (outer k), are taken in the order (k outer).
   """
-  x = x.astype(dtype)
-  if kernel.shape[0] == inputs:
-    return _product(float8)(equation, x, inner_first(kernel.astype(dtype), outer))
-  return _contract_shard(equation, dtype, float8, outer, x, kernel)
+  kernels = kernel if isinstance(kernel, tuple) else (kernel,)
+  sharded = kernels[0].shape[0] != inputs
+  return _contract(equation, dtype, float8, outer, sharded, x.astype(dtype), kernels)
+
+
+def side_by_side(kernels: tuple[jax.Array, ...], dtype: str) -> jax.Array:
+  """One matrix of the columns of all."""
+  return jnp.concatenate([kernel.astype(dtype) for kernel in kernels], 1)
 
 
 def inner_first(w: jax.Array, outer: int) -> jax.Array:
@@ -80,38 +85,44 @@ def _product(in_8_bits: bool):
   return float8_lib.einsum if in_8_bits else jnp.einsum
 
 
-# Differentiated as it stands, the product would keep the gathered W of every layer for the backward
-# pass, which is what sharding shall save. `jax.checkpoint` would gather again, but hold the gather
-# back until the gradient of the output is there; here it may run ahead, beside other work. Outside
-# of loops over layers XLA sees that both gathers are one, and keeps that W: of the first layer and
-# the heads, which are a small part of all and would wait for it.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _contract_shard(equation, dtype, float8, outer, x, shard):
-  return _product(float8)(equation, x, _gather(shard, dtype, outer))
+# Differentiated as it stands, the product would keep W of every layer, gathered, cast and in order,
+# for the backward pass: what sharding shall save. `jax.checkpoint` would gather again, but hold the
+# gather back until the gradient of the output is there; here it may run ahead, beside other work.
+# Outside of loops over layers XLA sees that both gathers are one, and keeps that W: of the first
+# layer and the heads, which are a small part of all and would wait for it.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _contract(equation, dtype, float8, outer, sharded, x, kernels):
+  return _product(float8)(equation, x, _whole(kernels, dtype, outer, sharded))
 
 
-def _forward(equation, dtype, float8, outer, x, shard):
+def _forward(equation, dtype, float8, outer, sharded, x, kernels):
   if not float8:
-    return _contract_shard(equation, dtype, float8, outer, x, shard), (x, shard)
-  x8, kernel8 = float8_lib.rounded(x), float8_lib.rounded(_gather(shard, dtype, outer))
-  return float8_lib.product(equation, x8, kernel8, dtype), (x8, shard)
+    return _contract(equation, dtype, float8, outer, sharded, x, kernels), (x, kernels)
+  x8 = float8_lib.rounded(x)
+  kernel8 = float8_lib.rounded(_whole(kernels, dtype, outer, sharded))
+  return float8_lib.product(equation, x8, kernel8, dtype), (x8, kernels)
 
 
-def _backward(equation, dtype, float8, outer, kept, gradient):
-  x, shard = kept
-  gathered = lambda shard: _gather(shard, dtype, outer)
-  kernel = gathered(shard)
+def _backward(equation, dtype, float8, outer, sharded, kept, gradient):
+  x, kernels = kept
+  whole = lambda kernels: _whole(kernels, dtype, outer, sharded)
+  kernel = whole(kernels)
   if float8:
     of_x, of_kernel = float8_lib.gradients(equation, x, float8_lib.rounded(kernel), gradient)
-    return of_x, *jax.linear_transpose(gathered, shard)(of_kernel)
+    return of_x, *jax.linear_transpose(whole, kernels)(of_kernel)
   of_x = jax.linear_transpose(lambda x: jnp.einsum(equation, x, kernel), x)
-  of_shard = jax.linear_transpose(lambda s: jnp.einsum(equation, x, gathered(s)), shard)
-  return *of_x(gradient), *of_shard(gradient)
+  of_kernels = jax.linear_transpose(lambda k: jnp.einsum(equation, x, whole(k)), kernels)
+  return *of_x(gradient), *of_kernels(gradient)
 
 
-_contract_shard.defvjp(_forward, _backward)
+_contract.defvjp(_forward, _backward)
 
 
-def _gather(shard: jax.Array, dtype: str, outer: int) -> jax.Array:
-  """The whole kernel; the transpose sums gradients over `model` and keeps this device's rows."""
-  return inner_first(jax.lax.all_gather(shard.astype(dtype), MODEL, axis=0, tiled=True), outer)
+def _whole(kernels: tuple[jax.Array, ...], dtype: str, outer: int, sharded: bool) -> jax.Array:
+  """The whole kernel; of shards the transpose sums gradients over `model` and keeps this device's
+  rows.
+  """
+  kernel = side_by_side(kernels, dtype)
+  if sharded:
+    kernel = jax.lax.all_gather(kernel, MODEL, axis=0, tiled=True)
+  return inner_first(kernel, outer)

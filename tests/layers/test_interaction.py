@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemjax.config import MODEL
 from gemjax.layers.interaction import GROUPS, map_together, map_units
@@ -20,7 +20,7 @@ def test_every_batch_size(batch, dtype, tolerance):
   x, w, g = (rng.normal(size=s) for s in ((batch, D, N), (N, L), (batch, D, L)))
   if dtype == "bfloat16":
     x, g = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, g))
-  map_of = lambda x, w: map_units(x, w, N, dtype)
+  map_of = lambda x, w: map_units(x, (w,), N, dtype)
   y, transpose = jax.vjp(map_of, jnp.asarray(x, dtype), jnp.asarray(w, jnp.float32))
   of_x, of_w = transpose(jnp.asarray(g, dtype))
   assert y.dtype == of_x.dtype == dtype and of_w.dtype == jnp.float32
@@ -45,10 +45,8 @@ def test_maps_whose_kernels_lie_whole_or_in_shards_are_each_their_own():
 
   whole, sharded = PartitionSpec(), PartitionSpec(MODEL)
   mesh = jax.make_mesh((2,), (MODEL,))
-  found = jax.jit(
-    jax.shard_map(
-      maps, mesh=mesh, in_specs=(whole, whole, sharded, whole), out_specs=whole, check_vma=False
-    )
-  )(x_BDN, *kernels)
+  lie = (whole, whole, sharded, whole)
+  inputs = [jax.device_put(a, NamedSharding(mesh, p)) for a, p in zip((x_BDN, *kernels), lie)]
+  found = jax.shard_map(maps, mesh=mesh, in_specs=lie, out_specs=whole, check_vma=False)(*inputs)
   for y_BDL, kernel_NL in zip(found, kernels, strict=True):
     np.testing.assert_allclose(y_BDL, np.float64(x_BDN) @ np.float64(kernel_NL), atol=1e-5)
