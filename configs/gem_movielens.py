@@ -108,7 +108,7 @@ def get_config(variant: str = "gem") -> Config:
   config = Config(
     name="movielens_gem" if variant == "light" else f"movielens_{variant}",
     data=Data(path="movielens", batch_size=512, history=30, window_blocks=32),
-    embedding=Embedding(dim=16, units={"user": 0}, learning_rate=0.02, l2=0.05),
+    embedding=Embedding(dim=16, units={"user": 0}, ages=False, learning_rate=0.02, l2=0.05),
     model=dataclasses.replace(model, **_own(model)),
     optimizer=Optimizer(learning_rate=3e-3, warmup=0.1, schedule="linear"),
     train=Train(epochs=3, eval_every=0.5, stop_metric="ne"),

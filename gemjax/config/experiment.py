@@ -45,6 +45,7 @@ class Embedding:
   dense_mlp: tuple[int, ...] = (64,)  # Hidden widths from the dense features to their units.
   dense_units: int = 1
   dense_relu: bool = False  # A ReLU on those units.
+  ages: bool = True  # Whether events say how old they are: a bucket of their age is added to them.
   init_scale: float = 0.01  # Rows are born N(0, init_scale^2).
   # Of tables: float32 | bfloat16 | float8_e4m3fn, the last with a scale a row, both narrow types
   # with stochastic rounding.

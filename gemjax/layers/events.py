@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from gemjax.layers import tokens as tokens_lib
-from gemjax.layers.linear import KERNEL, contract, kernel_init
+from gemjax.layers.linear import KERNEL, contract
 from gemjax.layers.masknet import MaskNet
 from gemjax.layers.norm import LayerNorm
 from gemjax.layers.tokens import Tokens
@@ -29,6 +29,7 @@ class HistorySpec(NamedTuple):
   units: int  # F
   length: int  # Most events of an example.
   candidate: tuple[int, ...]  # (F,) The unit of the example that each corresponds to, -1 for none.
+  ages: bool = True  # Whether tokens say how old their events are.
 
 
 class EventRows(NamedTuple):
@@ -49,15 +50,17 @@ def pooled(rows: EventRows) -> jax.Array:
 class EventInput(nnx.Module):
   """token = LN(MaskNet(units of the event) + embedding of bucket(age)).
 
-  bucket(age) = floor(2 log2(1 + age)). The candidate becomes a token by the same map, as an event
-  of age 0 whose unknown columns (its action, say) are zeros.
+  bucket(age) = floor(2 log2(1 + age)), its embeddings born at zero, so that an age that training
+  never saw says nothing; none where the history's `ages` is off. The candidate becomes a token by
+  the same map, as an event of age 0 whose unknown columns (its action, say) are zeros.
 
   Source: InterFormer, section 4.1, for MaskNet; age and candidate are ours.
   """
 
   def __init__(self, spec: HistorySpec, dim: int, *, dtype: str, rngs: nnx.Rngs):
     self.mask_net = MaskNet(spec.units, dim, dtype=dtype, rngs=rngs)
-    self.age_AD = nnx.Param(kernel_init(rngs.params(), (AGES, dim)), axes=KERNEL)
+    rngs.params()  # Weights drawn later keep the values that they had.
+    self.age_AD = nnx.Param(jnp.zeros((AGES, dim)), axes=KERNEL) if spec.ages else None
     self.norm = LayerNorm(dim, dtype, rngs)
     self.places, self.dtype = spec.candidate, dtype
 
@@ -74,6 +77,8 @@ class EventInput(nnx.Module):
 
   def _tokens(self, units_EFD: jax.Array, age_E: jax.Array) -> jax.Array:
     x_ED = self.mask_net(rearrange(units_EFD.astype(self.dtype), "e f d -> e (f d)"))
+    if self.age_AD is None:
+      return self.norm(x_ED)
     # As a product, and not as rows: its gradient needs no atomic adds to a few hot rows.
     bucket_E = jnp.floor(2 * jnp.log2(1 + age_E.astype(jnp.float32))).astype(jnp.int32)
     one_hot_EA = jax.nn.one_hot(jnp.minimum(bucket_E, AGES - 1), AGES, dtype=self.dtype)

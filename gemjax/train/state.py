@@ -207,10 +207,11 @@ def _ranker(
 ) -> Ranker:
   wide = [p.units for p in (*layout.sparse, *layout.sequence) if not p.small]
   histories = []
+  ages = config.embedding.ages
   for history in features.history:
     candidate = candidate_units(layout, history.name)
     length = min(history.max_length, config.data.history or history.max_length)
-    histories.append(HistorySpec(history.name, len(candidate), length, candidate))
+    histories.append(HistorySpec(history.name, len(candidate), length, candidate, ages))
   column = _domain(config, features)
   return Ranker(
     config,

@@ -17,7 +17,7 @@ B, N, D, T = 6, 5, 8, 2
 # Not in the order of their names, in which JAX passes dicts.
 SPECS = (
   HistorySpec("views", units=2, length=9, candidate=(3, -1)),
-  HistorySpec("buys", units=1, length=5, candidate=(1,)),
+  HistorySpec("buys", units=1, length=5, candidate=(1,), ages=False),
 )
 LENGTHS = {"views": (3, 0, 9, 1, 5, 0), "buys": (2, 0, 4, 0, 5, 1)}
 SLOTS = {"views": 24, "buys": 16}

@@ -31,9 +31,10 @@ def age_bucket(age):
 def event_tokens(units, age, w):
   """(n, F, D) -> (n, D)."""
   s = units.reshape(len(units), units.shape[1] * units.shape[2])
-  buckets = np.array([age_bucket(a) for a in age], int)
   fused = linear(s * mlp(s, w["mask_net"]["mask"]), w["mask_net"]["lce"])
-  return layer_norm(fused + w["age_AD"][buckets], w["norm"])
+  if w.get("age_AD") is not None:
+    fused = fused + w["age_AD"][[age_bucket(a) for a in age]]
+  return layer_norm(fused, w["norm"])
 
 
 def candidate_token(x, places, w):
