@@ -1,0 +1,35 @@
+"""Settings of a process, each in one of its own: barriers last in what XLA compiles for the CPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import os
+from gemjax.parallel.process import set_up_process
+set_up_process()
+import jax
+from gemjax.layers.norm import written_once
+text = jax.jit(lambda x: written_once(x.T * 2) + 1).lower(jax.numpy.ones((4, 8))).compile().as_text()
+print("opt-barrier" in text, os.environ["XLA_FLAGS"])
+"""
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_cpu_enable_fast_min_max=true"])
+def test_barriers_last_beside_flags_of_the_user(flags):
+  assert run(flags) == ["True", *flags.split(), "--xla_disable_hlo_passes=cse_barrier_expander"]
+
+
+def test_whoever_disables_passes_keeps_the_choice():
+  flags = "--xla_disable_hlo_passes=constant_folding"
+  assert run(flags) == ["False", flags]
+
+
+def run(flags):
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  done = subprocess.run(
+    [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+  )
+  return done.stdout.split()
