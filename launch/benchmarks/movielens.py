@@ -21,7 +21,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "gem_movielens.py"
 SETS = ("ml-1m", "ml-100k")
 SEEDS = (0, 1, 2)
-# What GEM is compared with; ablations are measured on the first set alone.
+ABLATED = "ml-100k"  # The one set on which every part of GEM is taken away.
+# What GEM is compared with.
 MODELS = ("gem", "wukong", "mlp", "din", "sasrec", "hstu", "interformer", "light")
 FIGURES = {
   "auc": lambda s: s["test"]["auc"],
@@ -40,11 +41,11 @@ def run() -> dict[str, Any]:
   runs = pathlib.Path(os.environ.get("GEMJAX_RUNS", "runs/movielens"))
   figures: dict[str, Any] = {name: {} for name in SETS}
   for name in SETS:
-    prepared = _prepared(name, data / name, runs / f"{name}-data")
-    rows = MODELS + (ablations() if name == SETS[0] else ())
+    prepared = prepared_data(name, data / name, runs / f"{name}-data")
+    rows = MODELS + (ablations() if name == ABLATED else ())
     for row in rows:
       folder = runs / name / f"{row}-{_digest(row)}"
-      summaries = [_train(row, seed, prepared, folder / str(seed)) for seed in SEEDS]
+      summaries = [trained(row, seed, prepared, folder / str(seed)) for seed in SEEDS]
       figures[name][row] = _mean(summaries)
   for name, rows in figures.items():
     print(f"\n{name}\n" + "\n".join(table(rows)), flush=True)
@@ -77,14 +78,18 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
   return lines
 
 
-def _prepared(name: str, raw: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+def prepared_data(name: str, raw: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+  """The folder `path`, prepared from the folder `raw` of the set `name` unless it is there."""
   if not (path / "manifest.json").is_file():
     dataset = {"ml-1m": "movielens-1m", "ml-100k": "movielens-100k"}[name]
     _launch("prepare.py", f"--dataset={dataset}", f"--input={raw}", f"--output={path}")
   return path
 
 
-def _train(row: str, seed: int, data: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
+def trained(
+  row: str, seed: int, data: pathlib.Path, workdir: pathlib.Path, *flags: str
+) -> dict[str, Any]:
+  """The summary of a run of the row, read where it has ended before."""
   summary = workdir / "summary.json"
   if not summary.is_file():
     print(f"{workdir}", flush=True)
@@ -94,6 +99,7 @@ def _train(row: str, seed: int, data: pathlib.Path, workdir: pathlib.Path) -> di
       f"--workdir={workdir}",
       f"--config.data.path={data}",
       f"--config.train.seed={seed}",
+      *flags,
     )
   return json.loads(summary.read_text())
 

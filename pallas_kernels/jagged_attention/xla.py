@@ -6,8 +6,6 @@ Letters: C tiles at a time, B queries and K keys of a tile, T queries, E keys, H
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -172,7 +170,9 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
       dk_CHKD, dv_CHKD = sums
       q_CBHD = _take(q_THD, row_CB, inside_CB)
       weight, slope, _, g_CBHD = slopes(q_CBHD, k_CKHD, v_CKHD, row_CB, inside_CB, key_CK)
-      total = functools.partial(jnp.einsum, "chbk,cbhd->chkd")
+      # XLA for CPUs multiplies six times as fast what is summed over the first operand's last axis.
+      turned = lambda x: jax.lax.optimization_barrier(jnp.swapaxes(x, 2, 3))
+      total = lambda x, y: jnp.einsum("chkb,cbhd->chkd", turned(x), y)
       dk = total(slope, q_CBHD)
       return dk_CHKD + dk, dv_CHKD + total(weight, g_CBHD)
 

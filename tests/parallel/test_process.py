@@ -12,7 +12,8 @@ from gemjax.parallel.process import set_up_process
 set_up_process()
 import jax
 from gemjax.layers.norm import written_once
-text = jax.jit(lambda x: written_once(x.T * 2) + 1).lower(jax.numpy.ones((4, 8))).compile().as_text()
+step = jax.jit(lambda x: written_once(x.T * 2) + 1)
+text = step.lower(jax.numpy.ones((4, 8))).compile().as_text()
 print("opt-barrier" in text, os.environ["XLA_FLAGS"])
 """
 
