@@ -130,6 +130,7 @@ def origin_of(
     **_versions(),
     "source": _source(),
     "flags": os.environ.get("XLA_FLAGS", ""),
+    "files": _files_named(os.environ.get("XLA_FLAGS", "")),
     "settings": {name: str(getattr(jax.config, name)) for name in _SETTINGS},
     "platform": device.client.platform_version,
     "device": device.device_kind + (f" of host {host()}" if device.platform == "cpu" else ""),
@@ -149,6 +150,15 @@ def _versions() -> dict[str, str]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
   return found
+
+
+def _files_named(flags: str) -> dict[str, str]:
+  """File -> digest of those that XLA's flags name, as a profile of latencies: it changes under one
+  name.
+  """
+  values = (flag.partition("=")[2] for flag in flags.split())
+  files = [pathlib.Path(value) for value in values if value and pathlib.Path(value).is_file()]
+  return {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
 def _options() -> dict[str, bool] | None:
