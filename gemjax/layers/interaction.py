@@ -6,6 +6,7 @@ Letters: B examples, D width of a unit, N units in, K rank, L units out.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -40,7 +41,8 @@ class UnitLinear(nnx.Module):
 
 
 class FactorizationMachine(nnx.Module):
-  """Pairwise dot products of units, flattened.
+  """Pairwise dot products of units, flattened (n k), on CPUs (k n): what reads them takes its
+  weights by `on_cpu_inner_first`.
 
   basic      X Xᵀ                                         (B, D, N) -> (B, N * N)
   optimised  X (Xᵀ Y), Y in R^{N x K} learnt              (B, D, N) -> (B, N * K), O(N K D)
@@ -78,29 +80,45 @@ class FactorizationMachine(nnx.Module):
       y = self.mlp(rearrange(mapped_BDK, "b d a -> b (a d)"), fold(key_B, 0))
       y_BNK = rearrange(y, "b (n k) -> b n k", n=self.units)
       mixed_BDK = jnp.einsum("bdn,bnk->bdk", x_BDN, y_BNK)
-    return rearrange(_dots(mixed_BDK, x_BDN), "b k n -> b (k n)")
+    return _pairs(x_BDN, mixed_BDK)
 
 
-# XLA for CPUs multiplies fast what is summed over the last axis of the first operand: forward the
-# small one is transposed for it, backward nothing needs to be.
+# On a CPU the small operand is turned and the pairs come out (k n), which weights then are, too
+# (`on_cpu_inner_first`): XLA multiplies three times as fast what is summed over the first operand's
+# last axis. Backward nothing needs to be turned. On GPUs all orders cost alike.
 @jax.custom_vjp
-def _dots(mixed_BDK, x_BDN):
-  """(B, K, N)"""
-  mixed_BKD = written_once(rearrange(mixed_BDK, "b d k -> b k d"))
-  return jnp.einsum("bkd,bdn->bkn", mixed_BKD, x_BDN)
+def _pairs(x_BDN, mixed_BDK):
+  """(B, I): X (Xᵀ Y), flattened (k n) on CPUs and (n k) elsewhere."""
+
+  def on_cpu(x_BDN, mixed_BDK):
+    mixed_BKD = written_once(rearrange(mixed_BDK, "b d k -> b k d"))
+    return rearrange(jnp.einsum("bkd,bdn->bkn", mixed_BKD, x_BDN), "b k n -> b (k n)")
+
+  def elsewhere(x_BDN, mixed_BDK):
+    return rearrange(jnp.einsum("bdn,bdk->bnk", x_BDN, mixed_BDK), "b n k -> b (n k)")
+
+  return jax.lax.platform_dependent(x_BDN, mixed_BDK, cpu=on_cpu, default=elsewhere)
 
 
-def _dots_forward(mixed_BDK, x_BDN):
-  return _dots(mixed_BDK, x_BDN), (mixed_BDK, x_BDN)
+def _pairs_forward(x_BDN, mixed_BDK):
+  return _pairs(x_BDN, mixed_BDK), (x_BDN, mixed_BDK)
 
 
-def _dots_backward(kept, gradient_BKN):
-  mixed_BDK, x_BDN = kept
-  of_mixed_BDK = jnp.einsum("bdn,bkn->bdk", x_BDN, gradient_BKN)
-  return of_mixed_BDK, jnp.einsum("bdk,bkn->bdn", mixed_BDK, gradient_BKN)
+def _pairs_backward(kept, gradient_BI):
+  units = kept[0].shape[2]
+
+  def of(x_BDN, mixed_BDK, gradient_BI, lie, letters):
+    gradient = rearrange(gradient_BI, lie, n=units)
+    of_x_BDN = jnp.einsum(f"bdk,{letters}->bdn", mixed_BDK, gradient)
+    of_mixed_BDK = jnp.einsum(f"bdn,{letters}->bdk", x_BDN, gradient)
+    return of_x_BDN.astype(x_BDN.dtype), of_mixed_BDK.astype(mixed_BDK.dtype)
+
+  on_cpu = functools.partial(of, lie="b (k n) -> b k n", letters="bkn")
+  elsewhere = functools.partial(of, lie="b (n k) -> b n k", letters="bnk")
+  return jax.lax.platform_dependent(*kept, gradient_BI, cpu=on_cpu, default=elsewhere)
 
 
-_dots.defvjp(_dots_forward, _dots_backward)
+_pairs.defvjp(_pairs_forward, _pairs_backward)
 
 
 def map_units(
@@ -114,6 +132,7 @@ def map_units(
   return _map_whole(x_BDN.astype(dtype), kernels)
 
 
+@jax.named_scope("unit_linear")
 def map_together(
   x_BDN: jax.Array, kernels: list[nnx.Param | None], units: int, dtype: str
 ) -> list[jax.Array | None]:

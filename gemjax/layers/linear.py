@@ -36,7 +36,7 @@ class Linear(nnx.Module):
     self.inputs, self.dtype, self.float8 = inputs, dtype, float8
 
   def __call__(self, x_BI: jax.Array, outer: int = 0) -> jax.Array:
-    """With `outer` the inputs lie (k outer) where W's rows lie (outer k)."""
+    """With `outer` the inputs lie (k outer) on a CPU where W's rows lie (outer k)."""
     kernel = self.kernel[...]
     y_BO = contract(
       "bi,io->bo", x_BI, kernel, self.inputs, self.dtype, float8=self.float8, outer=outer
@@ -64,7 +64,7 @@ def contract(
     inputs: Rows of W.
     dtype: W is cast to it before it is gathered: what the product needs, in half the bytes.
     float8: Whether x and W are multiplied in 8 bits (gemjax/layers/float8.py).
-    outer: Where not 0, W's rows, (outer k), are taken in the order (k outer).
+    outer: Where not 0, W's rows, (outer k), are taken in the order (k outer) on a CPU.
   """
   kernels = kernel if isinstance(kernel, tuple) else (kernel,)
   sharded = kernels[0].shape[0] != inputs
@@ -76,13 +76,12 @@ def side_by_side(kernels: tuple[jax.Array, ...], dtype: str) -> jax.Array:
   return jnp.concatenate([kernel.astype(dtype) for kernel in kernels], 1)
 
 
-def inner_first(w: jax.Array, outer: int) -> jax.Array:
-  """w with its first axis, (outer k), in the order (k outer); w itself where `outer` is 0."""
-  return rearrange(w, "(o k) ... -> (k o) ...", o=outer) if outer else w
-
-
-def _product(in_8_bits: bool):
-  return float8_lib.einsum if in_8_bits else jnp.einsum
+def on_cpu_inner_first(w: jax.Array, outer: int) -> jax.Array:
+  """w, on a CPU with its first axis, (outer k), in the order (k outer); w where `outer` is 0."""
+  if not outer:
+    return w
+  turned = lambda w: rearrange(w, "(o k) ... -> (k o) ...", o=outer)
+  return jax.lax.platform_dependent(w, cpu=turned, default=lambda w: w)
 
 
 # Differentiated as it stands, the product would keep W of every layer, gathered, cast and in order,
@@ -92,7 +91,10 @@ def _product(in_8_bits: bool):
 # layer and the heads, which are a small part of all and would wait for it.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _contract(equation, dtype, float8, outer, sharded, x, kernels):
-  return _product(float8)(equation, x, _whole(kernels, dtype, outer, sharded))
+  kernel = _whole(kernels, dtype, outer, sharded)
+  if not float8:
+    return jnp.einsum(equation, x, kernel)
+  return float8_lib.product(equation, float8_lib.rounded(x), float8_lib.rounded(kernel), dtype)
 
 
 def _forward(equation, dtype, float8, outer, sharded, x, kernels):
@@ -125,4 +127,4 @@ def _whole(kernels: tuple[jax.Array, ...], dtype: str, outer: int, sharded: bool
   kernel = side_by_side(kernels, dtype)
   if sharded:
     kernel = jax.lax.all_gather(kernel, MODEL, axis=0, tiled=True)
-  return inner_first(kernel, outer)
+  return on_cpu_inner_first(kernel, outer)

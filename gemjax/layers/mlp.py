@@ -46,7 +46,7 @@ class Mlp(nnx.Module):
 
   @jax.named_scope("mlp")
   def __call__(self, x_BI: jax.Array, key_B: Key = None, outer: int = 0) -> jax.Array:
-    """With `outer` the inputs lie (k outer) where the rows of the first W lie (outer k)."""
+    """With `outer` inputs lie (k outer) on a CPU where the rows of the first W lie (outer k)."""
     first, *others = self.layers
     if not others:
       return first(x_BI, outer)

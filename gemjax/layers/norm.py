@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from gemjax.layers.linear import inner_first
+from gemjax.layers.linear import on_cpu_inner_first
 
 EPS = 1e-6
 
@@ -28,8 +28,8 @@ class LayerNorm(nnx.Module):
 
   @jax.named_scope("norm")
   def __call__(self, x: jax.Array, outer: int = 0) -> jax.Array:
-    """With `outer` the axis lies (k outer) where scale and bias lie (outer k)."""
-    scale, bias = (inner_first(w[...], outer) for w in (self.scale, self.bias))
+    """With `outer` the axis lies (k outer) on a CPU where scale and bias lie (outer k)."""
+    scale, bias = (on_cpu_inner_first(w[...], outer) for w in (self.scale, self.bias))
     return _normalise(self.axis, self.dtype, self.eps, x, scale, bias)
 
 

@@ -86,7 +86,6 @@ class WukongLayer(nnx.Module):
       residual = x_BDN
     elif self.residual.bias_L is not None:
       residual += self.residual.bias_L[...].astype(self.dtype)
-    # Weights of the pairs lie (n k).
     pairs_BI = self.fm_norm(self.fm(x_BDN, mixed, fold(key_B, 0)), self.units)
     flat = self.mlp(pairs_BI, fold(key_B, 1), self.units)
     fmb = rearrange(flat, "b (n d) -> b d n", d=self.dim)

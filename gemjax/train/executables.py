@@ -130,7 +130,7 @@ def origin_of(
     **_versions(),
     "source": _source(),
     "flags": os.environ.get("XLA_FLAGS", ""),
-    "files": _files_named(os.environ.get("XLA_FLAGS", "")),
+    "files": _profiles(os.environ.get("XLA_FLAGS", "")),
     "settings": {name: str(getattr(jax.config, name)) for name in _SETTINGS},
     "platform": device.client.platform_version,
     "device": device.device_kind + (f" of host {host()}" if device.platform == "cpu" else ""),
@@ -152,13 +152,17 @@ def _versions() -> dict[str, str]:
   return found
 
 
-def _files_named(flags: str) -> dict[str, str]:
-  """File -> digest of those that XLA's flags name, as a profile of latencies: it changes under one
-  name.
+def _profiles(flags: str) -> dict[str, str]:
+  """File -> digest of what XLA's flags name and may change under its name: profiles of latencies,
+  or a file of flags.
   """
-  values = (flag.partition("=")[2] for flag in flags.split())
-  files = [pathlib.Path(value) for value in values if value and pathlib.Path(value).is_file()]
-  return {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+  named = [f.partition("=")[2] for f in flags.split() if "profile" in f.partition("=")[0]]
+  found = {}
+  for path in map(pathlib.Path, filter(None, [flags.strip(), *named])):
+    with contextlib.suppress(OSError):  # XLA says what it cannot read.
+      for file in [path] if path.is_file() else sorted(path.glob("*.pbtxt")):
+        found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+  return found
 
 
 def _options() -> dict[str, bool] | None:

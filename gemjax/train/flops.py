@@ -7,16 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 
 def matmul_flops(function: Callable, *args: Any) -> int:
   """2 M N K summed over every matrix product of `function(*args)`, loops times their trips.
 
-  Counted on the traced program, so that it is the same on every machine; element-wise work and
-  look-ups are not counted, nor are loops that end where the data do and kernels: those of jagged
-  ops, which cost.py counts. Arguments may be `jax.ShapeDtypeStruct`s.
+  Counted on the traced program less what nothing reads, so that it is the same on every machine;
+  element-wise work and look-ups are not counted, nor are loops that end where the data do and
+  kernels: those of jagged ops, which cost.py counts. Arguments may be `jax.ShapeDtypeStruct`s.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(used)
 
 
 def _count(jaxpr) -> int:

@@ -44,7 +44,7 @@ def run() -> dict[str, Any]:
     prepared = prepared_data(name, data / name, runs / f"{name}-data")
     rows = MODELS + (ablations() if name == ABLATED else ())
     for row in rows:
-      folder = runs / name / f"{row}-{_digest(row)}"
+      folder = runs / name / f"{row}-{digest(row)}"
       summaries = [trained(row, seed, prepared, folder / str(seed)) for seed in SEEDS]
       figures[name][row] = _mean(summaries)
   for name, rows in figures.items():
@@ -57,7 +57,7 @@ def ablations() -> tuple[str, ...]:
   return tuple(runpy.run_path(str(CONFIG))["ABLATIONS"])
 
 
-def _digest(row: str) -> str:
+def digest(row: str) -> str:
   """Of the config, so that runs of another one are not taken for its own."""
   config = runpy.run_path(str(CONFIG))["get_config"](row)
   return hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:8]

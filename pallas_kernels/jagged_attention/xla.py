@@ -65,6 +65,15 @@ def _over_other(some: tiles.Tiles, block: int, body, carry):
   return jax.lax.fori_loop(0, trips, step, carry)
 
 
+def _turned(x_CHBK: jax.Array) -> jax.Array:
+  """(C, H, K, B), on a CPU written out: XLA then multiplies it faster (a small GEM's step with 200
+  events an example, on one core: .42 instead of .46 s).
+  """
+  x_CHKB = jnp.swapaxes(x_CHBK, 2, 3)
+  written = jax.lax.optimization_barrier
+  return jax.lax.platform_dependent(x_CHKB, cpu=written, default=lambda x: x)
+
+
 def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
   """The output, and of a softmax the logarithm of its denominators."""
   high = wide(q_THD)
@@ -170,9 +179,7 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
       dk_CHKD, dv_CHKD = sums
       q_CBHD = _take(q_THD, row_CB, inside_CB)
       weight, slope, _, g_CBHD = slopes(q_CBHD, k_CKHD, v_CKHD, row_CB, inside_CB, key_CK)
-      # XLA for CPUs multiplies six times as fast what is summed over the first operand's last axis.
-      turned = lambda x: jax.lax.optimization_barrier(jnp.swapaxes(x, 2, 3))
-      total = lambda x, y: jnp.einsum("chkb,cbhd->chkd", turned(x), y)
+      total = lambda x, y: jnp.einsum("chkb,cbhd->chkd", _turned(x), y)
       dk = total(slope, q_CBHD)
       return dk_CHKD + dk, dv_CHKD + total(weight, g_CBHD)
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemjax.config import MODEL
-from gemjax.layers.interaction import GROUPS, map_together, map_units
+from gemjax.layers.interaction import GROUPS, FactorizationMachine, map_together, map_units
 
 D, N, L = 3, 5, 2
 
@@ -28,6 +28,22 @@ def test_every_batch_size(batch, dtype, tolerance):
               np.einsum("bdn,bdl->nl", x, g))  # fmt: skip
   for found, right in zip((y, of_x, of_w), expected):
     np.testing.assert_allclose(np.float64(found), right, rtol=0, atol=tolerance * abs(right).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_have_the_types_of_what_they_are_of(dtype):
+  """Units in float32 on their way into a layer that computes in `dtype`."""
+  fm = FactorizationMachine("optimised", N, D, 2, dtype=dtype, rngs=nnx.Rngs(0))
+
+  def loss(x_BDN, y_NK):
+    (mixed_BDK,) = map_together(x_BDN, [nnx.Param(y_NK)], N, dtype)
+    return fm(x_BDN, mixed_BDK).astype("float32").sum()
+
+  x_BDN = jnp.ones((4, D, N))
+  of_x, of_y = jax.grad(loss, (0, 1))(x_BDN, fm.y_NK[...])
+  assert of_x.dtype == of_y.dtype == "float32"
+  # sum_nk x_n (x . y)_k for x = 1: D (sum of Y) N, differentiated.
+  np.testing.assert_allclose(of_y, np.full(of_y.shape, 4.0 * D * N), rtol=1e-2)
 
 
 def test_maps_whose_kernels_lie_whole_or_in_shards_are_each_their_own():

@@ -28,9 +28,20 @@ def test_whoever_disables_passes_keeps_the_choice():
   assert run(flags) == ["False", flags]
 
 
-def run(flags):
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+def test_a_file_of_flags_is_left_alone(tmp_path):
+  (tmp_path / "flags").write_text("--xla_cpu_enable_fast_min_max=true")
+  assert run(f"{tmp_path}/flags") == ["False", f"{tmp_path}/flags"]
+
+
+def test_a_process_with_gpus_keeps_its_flags():
+  """XLA for GPUs takes barriers out itself, where it no longer needs them."""
+  program = "\n".join([*PROGRAM.splitlines()[:4], "print(os.environ['XLA_FLAGS'])"])
+  assert run("--xla_gpu_autotune_level=0", "cuda", program) == ["--xla_gpu_autotune_level=0"]
+
+
+def run(flags, platforms="cpu", program=PROGRAM):
+  environment = os.environ | {"JAX_PLATFORMS": platforms, "XLA_FLAGS": flags}
   done = subprocess.run(
-    [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+    [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
   )
   return done.stdout.split()

@@ -9,13 +9,22 @@ from gemjax.train.executables import origin_of
 
 def test_a_profile_that_changes_under_its_name_is_another_program(tmp_path, monkeypatch):
   profile = tmp_path / "profile.pbtxt"
-  monkeypatch.setenv("XLA_FLAGS", f"--xla_a=3 --xla_profile={profile} --xla_b={tmp_path}/absent")
+  many = ",".join(f"pass-{i}" for i in range(99))  # Longer than a file's name may be.
+  flags = f"--xla_passes_in_profile={many} --xla_profile={profile} --xla_b={tmp_path}/absent"
+  monkeypatch.setenv("XLA_FLAGS", flags)
   profile.write_text("costs { name: 'fusion' cost_us: 1 }")
   first = origin()
   assert origin() == first
   profile.write_text("costs { name: 'fusion' cost_us: 2 }")
   changed = origin()
   assert {name for name in first if first[name] != changed[name]} == {"files"}
+
+
+def test_what_xla_writes_is_no_part_of_the_name(tmp_path, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", f"--xla_gpu_dump_autotune_results_to={tmp_path}/found.txt")
+  first = origin()
+  (tmp_path / "found.txt").write_text("autotuned")
+  assert origin() == first
 
 
 def origin():
