@@ -60,9 +60,7 @@ def _told() -> dict[int, float]:
   ne = {}
   for length in LENGTHS:
     flag = f"--config.data.history={length}"
-    summary = movielens.trained(
-      "gem", 0, data, RUNS / f"gem-{movielens.digest('gem')}-{length}", flag
-    )
+    summary = movielens.trained("gem", 0, data, RUNS / f"gem-{movielens.digest('gem', flag)}", flag)
     ne[length] = summary["test"]["ne"]
   return ne
 

@@ -19,7 +19,8 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "gem_movielens.py"
-SETS = ("ml-1m", "ml-100k")
+# Flags of each set.
+SETS = {"ml-1m": ("--config.data.history=200",), "ml-100k": ()}
 SEEDS = (0, 1, 2)
 ABLATED = "ml-100k"  # The one set on which every part of GEM is taken away.
 # What GEM is compared with.
@@ -40,12 +41,12 @@ def run() -> dict[str, Any]:
   data = pathlib.Path(os.environ.get("GEMJAX_DATA", "data"))
   runs = pathlib.Path(os.environ.get("GEMJAX_RUNS", "runs/movielens"))
   figures: dict[str, Any] = {name: {} for name in SETS}
-  for name in SETS:
+  for name, flags in SETS.items():
     prepared = prepared_data(name, data / name, runs / f"{name}-data")
     rows = MODELS + (ablations() if name == ABLATED else ())
     for row in rows:
-      folder = runs / name / f"{row}-{digest(row)}"
-      summaries = [trained(row, seed, prepared, folder / str(seed)) for seed in SEEDS]
+      folder = runs / name / f"{row}-{digest(row, *flags)}"
+      summaries = [trained(row, seed, prepared, folder / str(seed), *flags) for seed in SEEDS]
       figures[name][row] = _mean(summaries)
   for name, rows in figures.items():
     print(f"\n{name}\n" + "\n".join(table(rows)), flush=True)
@@ -57,10 +58,11 @@ def ablations() -> tuple[str, ...]:
   return tuple(runpy.run_path(str(CONFIG))["ABLATIONS"])
 
 
-def digest(row: str) -> str:
-  """Of the config, so that runs of another one are not taken for its own."""
+def digest(row: str, *flags: str) -> str:
+  """Of the config and flags, so that runs of another one are not taken for its own."""
   config = runpy.run_path(str(CONFIG))["get_config"](row)
-  return hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+  text = json.dumps([config.to_json(), flags], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
