@@ -92,4 +92,4 @@ if __name__ == "__main__":
     # JAX and XLA read these when they are imported; XLA's warnings are about absent GPUs.
     environment = target.environment() | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-  cli.run(main, accelerated=False)  # It computes nothing, and barriers are for its target to keep.
+  cli.run(main)

@@ -9,6 +9,5 @@ ON_GPU = os.environ.get("JAX_PLATFORMS", "cpu").startswith("cuda")
 
 XLA_FLAGS = (
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-  "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-  "--xla_disable_hlo_passes=cse_barrier_expander"  # As binaries have it.
+  "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )

@@ -93,9 +93,8 @@ _normalise.defvjp(_forward, _backward)
 
 
 def written_once(x: jax.Array) -> jax.Array:
-  """x itself. For a CPU XLA computes x anew for every product that reads it in another shape, or
-  writes out what is broadcast from it; not this. (It keeps what binaries make XLA respect,
-  gemjax/parallel/process.py; with JAX's defaults barriers end before fusions begin.)
+  """x itself, which XLA for CPUs shall neither fold into the products that read it nor lay out
+  otherwise; a barrier, which it takes out again before it fuses.
   """
   held = lambda x: jax.lax.optimization_barrier(
     with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # Else a transpose happens behind it.

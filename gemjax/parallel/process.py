@@ -19,8 +19,8 @@ HUGE_PAGE = 2 << 20  # Bytes.
 
 
 def set_up_process() -> None:
-  """Chooses the platform, tunes the host allocator and, for the CPU, sets a flag of XLA: settings
-  of a process, so that only binaries call this.
+  """Chooses the platform and tunes the host allocator; both are settings of a process, so that
+  only binaries call this.
 
   With the CUDA wheels installed but no NVIDIA driver, plain JAX prints a traceback: say so in one
   line and use the CPU.
@@ -34,8 +34,6 @@ def set_up_process() -> None:
       sys.modules[f"jax_cuda{version}_plugin"] = None
       idle = types.SimpleNamespace(initialize=lambda: None)
       sys.modules[f"jax_plugins.xla_cuda{version}"] = idle
-  if not wheels or os.environ.get("JAX_PLATFORMS") == "cpu":
-    _keep_barriers()
   _keep_freed_memory()
 
 
@@ -110,18 +108,6 @@ def _has_driver() -> bool:
   except OSError:
     return False
   return True
-
-
-def _keep_barriers() -> None:
-  """Makes XLA for CPUs respect barriers (`written_once` of gemjax/layers/norm.py) in its fusions.
-
-  By default one of its passes takes them out before. A Wukong step of the suite train_step took
-  1.31 s without and 1.20 s with them.
-  """
-  flags = os.environ.get("XLA_FLAGS", "").strip()
-  file_of_flags = flags and not flags.startswith("-")
-  if not file_of_flags and "--xla_disable_hlo_passes" not in flags:  # Whoever does knows why.
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_disable_hlo_passes=cse_barrier_expander".strip()
 
 
 def _keep_freed_memory() -> None:
