@@ -68,6 +68,8 @@ def contract(
   """
   kernels = kernel if isinstance(kernel, tuple) else (kernel,)
   sharded = kernels[0].shape[0] != inputs
+  if not (sharded or outer or float8 or len(kernels) > 1):
+    return jnp.einsum(equation, x.astype(dtype), kernels[0].astype(dtype))
   return _contract(equation, dtype, float8, outer, sharded, x.astype(dtype), kernels)
 
 
