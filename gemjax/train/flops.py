@@ -27,6 +27,9 @@ def _count(jaxpr) -> int:
   for eqn in jaxpr.eqns:
     if eqn.primitive.name in ("while", "pallas_call"):
       continue
+    if eqn.primitive.name == "cond":  # As of platforms: one branch runs.
+      total += max(_count(branch.jaxpr) for branch in eqn.params["branches"])
+      continue
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
       shape = eqn.invars[0].aval.shape
