@@ -12,7 +12,6 @@ of two (`pallas_kernels.quantize_fp8`).
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -50,21 +49,3 @@ def gradients(
     product(f"{of_y},{of_w}->{of_x}", g, w, gradient.dtype),
     product(f"{of_x},{of_y}->{of_w}", x, g, gradient.dtype),
   )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """The product of two matrices of one type, rounded to 8 bits forward and backward."""
-  return product(equation, rounded(x), rounded(w), x.dtype)
-
-
-def _forward(equation, x, w):
-  x8, w8 = rounded(x), rounded(w)
-  return product(equation, x8, w8, x.dtype), (x8, w8)
-
-
-def _backward(equation, kept, gradient):
-  return gradients(equation, *kept, gradient)
-
-
-einsum.defvjp(_forward, _backward)

@@ -6,6 +6,8 @@ Letters: B examples, D width of a unit, N units in, K rank, L units out.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import jax
@@ -14,8 +16,9 @@ from einops import rearrange
 from flax import nnx
 
 from gemjax.layers.dropout import Key, fold
-from gemjax.layers.linear import KERNEL, contract, kernel_init
+from gemjax.layers.linear import KERNEL, contract, kernel_init, side_by_side
 from gemjax.layers.mlp import Mlp
+from gemjax.layers.norm import written_once
 
 GROUPS = 16  # Of examples, in which gradients of a map over units are summed.
 
@@ -33,16 +36,20 @@ class UnitLinear(nnx.Module):
 
   @jax.named_scope("unit_linear")
   def __call__(self, x_BDN: jax.Array) -> jax.Array:
-    y_BDL = map_units(x_BDN, self.kernel_NL[...], self.units, self.dtype)
+    y_BDL = map_units(x_BDN, (self.kernel_NL[...],), self.units, self.dtype)
     return y_BDL if self.bias_L is None else y_BDL + self.bias_L[...].astype(self.dtype)
 
 
 class FactorizationMachine(nnx.Module):
-  """Pairwise dot products of units, flattened.
+  """Pairwise dot products of units, flattened (n k), on CPUs (k n): what reads them takes its
+  weights by `on_cpu_inner_first`.
 
   basic      X Xᵀ                                         (B, D, N) -> (B, N * N)
   optimised  X (Xᵀ Y), Y in R^{N x K} learnt              (B, D, N) -> (B, N * K), O(N K D)
   attentive  as optimised, Y = reshape(MLP(flatten(C X))) of each example, C in R^{A x N}
+
+  The map of units that it begins with, Xᵀ Y or C X, is the caller's to compute, beside others that
+  read X (`map_together`): its kernel is `mapped_by`, None where there is none.
 
   Source: Wukong, section 3.4. The sizes inside the attentive MLP are unpublished; ours are A = K
   compressed units and one hidden layer of 4 K.
@@ -57,50 +64,118 @@ class FactorizationMachine(nnx.Module):
       self.compress = UnitLinear(units, rank, dtype=dtype, rngs=rngs)
       self.mlp = Mlp(rank * dim, (4 * rank,), units * rank, dtype=dtype, rngs=rngs)
 
+  @property
+  def mapped_by(self) -> nnx.Param | None:
+    """The kernel (N, K) of the map that comes first."""
+    if self.kind == "attentive":
+      return self.compress.kernel_NL
+    return self.y_NK if self.kind == "optimised" else None
+
   @jax.named_scope("fm")
-  def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
-    if self.kind == "basic":
-      pairs = jnp.einsum("bdn,bdm->bnm", x_BDN, x_BDN)
-    else:
-      if self.kind == "optimised":
-        mixed_BDK = map_units(x_BDN, self.y_NK[...], self.units, self.dtype)
-      else:
-        y = self.mlp(rearrange(self.compress(x_BDN), "b d a -> b (a d)"), fold(key_B, 0))
-        y_BNK = rearrange(y, "b (n k) -> b n k", n=self.units)
-        mixed_BDK = jnp.einsum("bdn,bnk->bdk", x_BDN, y_BNK)
-      pairs = jnp.einsum("bdn,bdk->bnk", x_BDN, mixed_BDK)
-    return rearrange(pairs, "b n k -> b (n k)")
+  def __call__(
+    self, x_BDN: jax.Array, mapped_BDK: jax.Array | None, key_B: Key = None
+  ) -> jax.Array:
+    mixed_BDK = x_BDN if self.kind == "basic" else mapped_BDK
+    if self.kind == "attentive":
+      y = self.mlp(rearrange(mapped_BDK, "b d a -> b (a d)"), fold(key_B, 0))
+      y_BNK = rearrange(y, "b (n k) -> b n k", n=self.units)
+      mixed_BDK = jnp.einsum("bdn,bnk->bdk", x_BDN, y_BNK)
+    return _pairs(x_BDN, mixed_BDK)
 
 
-def map_units(x_BDN: jax.Array, kernel_NL: jax.Array, units: int, dtype: str) -> jax.Array:
-  """(B, D, L): every example's X W, W whole or this device's rows of it (`contract`)."""
-  if kernel_NL.shape[0] != units:
-    return contract("bdn,nl->bdl", x_BDN, kernel_NL, units, dtype)
-  return _map_whole(x_BDN.astype(dtype), kernel_NL)
+# On a CPU the small operand is turned and the pairs come out (k n), which weights then are, too
+# (`on_cpu_inner_first`): XLA multiplies three times as fast what is summed over the first operand's
+# last axis. Backward nothing needs to be turned. On GPUs all orders cost alike.
+@jax.custom_vjp
+def _pairs(x_BDN, mixed_BDK):
+  """(B, I): X (Xᵀ Y), flattened (k n) on CPUs and (n k) elsewhere."""
+
+  def on_cpu(x_BDN, mixed_BDK):
+    mixed_BKD = written_once(rearrange(mixed_BDK, "b d k -> b k d"))
+    return rearrange(jnp.einsum("bkd,bdn->bkn", mixed_BKD, x_BDN), "b k n -> b (k n)")
+
+  def elsewhere(x_BDN, mixed_BDK):
+    return rearrange(jnp.einsum("bdn,bdk->bnk", x_BDN, mixed_BDK), "b n k -> b (n k)")
+
+  return jax.lax.platform_dependent(x_BDN, mixed_BDK, cpu=on_cpu, default=elsewhere)
+
+
+def _pairs_forward(x_BDN, mixed_BDK):
+  return _pairs(x_BDN, mixed_BDK), (x_BDN, mixed_BDK)
+
+
+def _pairs_backward(kept, gradient_BI):
+  units = kept[0].shape[2]
+
+  def of(x_BDN, mixed_BDK, gradient_BI, lie, letters):
+    gradient = rearrange(gradient_BI, lie, n=units)
+    of_x_BDN = jnp.einsum(f"bdk,{letters}->bdn", mixed_BDK, gradient)
+    of_mixed_BDK = jnp.einsum(f"bdn,{letters}->bdk", x_BDN, gradient)
+    return of_x_BDN.astype(x_BDN.dtype), of_mixed_BDK.astype(mixed_BDK.dtype)
+
+  on_cpu = functools.partial(of, lie="b (k n) -> b k n", letters="bkn")
+  elsewhere = functools.partial(of, lie="b (n k) -> b n k", letters="bnk")
+  return jax.lax.platform_dependent(*kept, gradient_BI, cpu=on_cpu, default=elsewhere)
+
+
+_pairs.defvjp(_pairs_forward, _pairs_backward)
+
+
+def map_units(
+  x_BDN: jax.Array, kernels: tuple[jax.Array, ...], units: int, dtype: str
+) -> jax.Array:
+  """(B, D, L): every example's X W, W the columns of all `kernels`, which lie whole or are this
+  device's rows (`contract`).
+  """
+  if kernels[0].shape[0] != units:
+    return contract("bdn,nl->bdl", x_BDN, kernels, units, dtype)
+  return _map_whole(x_BDN.astype(dtype), kernels)
+
+
+@jax.named_scope("unit_linear")
+def map_together(
+  x_BDN: jax.Array, kernels: list[nnx.Param | None], units: int, dtype: str
+) -> list[jax.Array | None]:
+  """X W for every W, None for None, in one product for all that lie whole and one for all shards.
+
+  X is read once for all of them, and its gradient is written once instead of summed.
+  """
+  found: list[jax.Array | None] = [None] * len(kernels)
+  present = {i: kernel[...] for i, kernel in enumerate(kernels) if kernel is not None}
+  for rows in sorted({kernel.shape[0] for kernel in present.values()}):
+    alike = {i: kernel for i, kernel in present.items() if kernel.shape[0] == rows}
+    ends = list(itertools.accumulate(kernel.shape[1] for kernel in alike.values()))
+    y_BDL = map_units(x_BDN, tuple(alike.values()), units, dtype)
+    for i, part in zip(alike, jnp.split(y_BDL, ends[:-1], 2)):
+      found[i] = part
+  return found
 
 
 # W's gradient is a small matrix, a sum over B D: in groups side by side XLA neither writes X
 # transposed nor leaves cores idle.
 @jax.custom_vjp
-def _map_whole(x_BDN, kernel_NL):
-  return jnp.einsum("bdn,nl->bdl", x_BDN, kernel_NL.astype(x_BDN.dtype))
+def _map_whole(x_BDN, kernels):
+  return jnp.einsum("bdn,nl->bdl", x_BDN, side_by_side(kernels, x_BDN.dtype))
 
 
-def _forward(x_BDN, kernel_NL):
-  return _map_whole(x_BDN, kernel_NL), (x_BDN, kernel_NL)
+def _forward(x_BDN, kernels):
+  return _map_whole(x_BDN, kernels), (x_BDN, kernels)
 
 
 def _backward(kept, gradient_BDL):
-  x_BDN, kernel_NL = kept
-  of_x_BDN = jnp.einsum("bdl,nl->bdn", gradient_BDL, kernel_NL.astype(x_BDN.dtype))
+  x_BDN, kernels = kept
+  gradient_BDL = written_once(gradient_BDL)
+  kernel_NL = side_by_side(kernels, x_BDN.dtype)
+  of_x_BDN = jnp.einsum("bdl,nl->bdn", gradient_BDL, kernel_NL)
   groups = math.gcd(len(x_BDN), GROUPS)
   x_GRN, gradient_GRL = (
     rearrange(a, "(g b) d n -> g (b d) n", g=groups) for a in (x_BDN, gradient_BDL)
   )
   of_kernel_GNL = jnp.einsum(
-    "grn,grl->gnl", x_GRN, gradient_GRL, preferred_element_type=kernel_NL.dtype
+    "grn,grl->gnl", x_GRN, gradient_GRL, preferred_element_type=kernels[0].dtype
   )
-  return of_x_BDN, of_kernel_GNL.sum(0)
+  ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
+  return of_x_BDN, tuple(jnp.split(of_kernel_GNL.sum(0), ends[:-1], 1))
 
 
 _map_whole.defvjp(_forward, _backward)

@@ -35,72 +35,98 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((outputs,)), axes=("fan_out",))
     self.inputs, self.dtype, self.float8 = inputs, dtype, float8
 
-  def __call__(self, x_BI: jax.Array) -> jax.Array:
+  def __call__(self, x_BI: jax.Array, outer: int = 0) -> jax.Array:
+    """With `outer` the inputs lie (k outer) on a CPU where W's rows lie (outer k)."""
     kernel = self.kernel[...]
-    y_BO = contract("bi,io->bo", x_BI, kernel, self.inputs, self.dtype, float8=self.float8)
+    y_BO = contract(
+      "bi,io->bo", x_BI, kernel, self.inputs, self.dtype, float8=self.float8, outer=outer
+    )
     return y_BO + rearrange(self.bias[...].astype(self.dtype), "o -> 1 o")
 
 
 def contract(
   equation: str,
   x: jax.Array,
-  kernel: jax.Array,
+  kernel: jax.Array | tuple[jax.Array, ...],
   inputs: int,
   dtype: str,
   *,
   float8: bool = False,
+  outer: int = 0,
 ) -> jax.Array:
   """einsum(equation, x, W) in `dtype`, where W is the whole kernel.
 
   Args:
     equation: Of two operands.
     x: Activations.
-    kernel: W, or this device's rows of it in the order of the `model` axis.
+    kernel: W, or this device's rows of it in the order of the `model` axis; of several matrices
+      the columns side by side.
     inputs: Rows of W.
     dtype: W is cast to it before it is gathered: what the product needs, in half the bytes.
     float8: Whether x and W are multiplied in 8 bits (gemjax/layers/float8.py).
+    outer: Where not 0, W's rows, (outer k), are taken in the order (k outer) on a CPU.
   """
-  x = x.astype(dtype)
-  if kernel.shape[0] == inputs:
-    return _product(float8)(equation, x, kernel.astype(dtype))
-  return _contract_shard(equation, dtype, float8, x, kernel)
+  kernels = kernel if isinstance(kernel, tuple) else (kernel,)
+  sharded = kernels[0].shape[0] != inputs
+  if not (sharded or outer or float8 or len(kernels) > 1):
+    return jnp.einsum(equation, x.astype(dtype), kernels[0].astype(dtype))
+  return _contract(equation, dtype, float8, outer, sharded, x.astype(dtype), kernels)
 
 
-def _product(in_8_bits: bool):
-  return float8_lib.einsum if in_8_bits else jnp.einsum
+def side_by_side(kernels: tuple[jax.Array, ...], dtype: str) -> jax.Array:
+  """One matrix of the columns of all."""
+  return jnp.concatenate([kernel.astype(dtype) for kernel in kernels], 1)
 
 
-# Differentiated as it stands, the product would keep the gathered W of every layer for the backward
-# pass, which is what sharding shall save. `jax.checkpoint` would gather again, but hold the gather
-# back until the gradient of the output is there; here it may run ahead, beside other work. Outside
-# of loops over layers XLA sees that both gathers are one, and keeps that W: of the first layer and
-# the heads, which are a small part of all and would wait for it.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _contract_shard(equation, dtype, float8, x, shard):
-  return _product(float8)(equation, x, _gather(shard, dtype))
+def on_cpu_inner_first(w: jax.Array, outer: int) -> jax.Array:
+  """w, on a CPU with its first axis, (outer k), in the order (k outer); w where `outer` is 0."""
+  if not outer:
+    return w
+  turned = lambda w: rearrange(w, "(o k) ... -> (k o) ...", o=outer)
+  return jax.lax.platform_dependent(w, cpu=turned, default=lambda w: w)
 
 
-def _forward(equation, dtype, float8, x, shard):
+# Differentiated as it stands, the product would keep W of every layer, gathered, cast and in order,
+# for the backward pass: what sharding shall save. `jax.checkpoint` would gather again, but hold the
+# gather back until the gradient of the output is there; here it may run ahead, beside other work.
+# Outside of loops over layers XLA sees that both gathers are one, and keeps that W: of the first
+# layer and the heads, which are a small part of all and would wait for it.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _contract(equation, dtype, float8, outer, sharded, x, kernels):
+  kernel = _whole(kernels, dtype, outer, sharded)
   if not float8:
-    return _contract_shard(equation, dtype, float8, x, shard), (x, shard)
-  x8, kernel8 = float8_lib.rounded(x), float8_lib.rounded(_gather(shard, dtype))
-  return float8_lib.product(equation, x8, kernel8, dtype), (x8, shard)
+    return jnp.einsum(equation, x, kernel)
+  return float8_lib.product(equation, float8_lib.rounded(x), float8_lib.rounded(kernel), dtype)
 
 
-def _backward(equation, dtype, float8, kept, gradient):
-  x, shard = kept
-  kernel = _gather(shard, dtype)
+def _forward(equation, dtype, float8, outer, sharded, x, kernels):
+  if not float8:
+    return _contract(equation, dtype, float8, outer, sharded, x, kernels), (x, kernels)
+  x8 = float8_lib.rounded(x)
+  kernel8 = float8_lib.rounded(_whole(kernels, dtype, outer, sharded))
+  return float8_lib.product(equation, x8, kernel8, dtype), (x8, kernels)
+
+
+def _backward(equation, dtype, float8, outer, sharded, kept, gradient):
+  x, kernels = kept
+  whole = lambda kernels: _whole(kernels, dtype, outer, sharded)
+  kernel = whole(kernels)
   if float8:
     of_x, of_kernel = float8_lib.gradients(equation, x, float8_lib.rounded(kernel), gradient)
-    return of_x, *jax.linear_transpose(lambda s: _gather(s, dtype), shard)(of_kernel)
+    return of_x, *jax.linear_transpose(whole, kernels)(of_kernel)
   of_x = jax.linear_transpose(lambda x: jnp.einsum(equation, x, kernel), x)
-  of_shard = jax.linear_transpose(lambda s: jnp.einsum(equation, x, _gather(s, dtype)), shard)
-  return *of_x(gradient), *of_shard(gradient)
+  of_kernels = jax.linear_transpose(lambda k: jnp.einsum(equation, x, whole(k)), kernels)
+  return *of_x(gradient), *of_kernels(gradient)
 
 
-_contract_shard.defvjp(_forward, _backward)
+_contract.defvjp(_forward, _backward)
 
 
-def _gather(shard: jax.Array, dtype: str) -> jax.Array:
-  """The whole kernel; the transpose sums gradients over `model` and keeps this device's rows."""
-  return jax.lax.all_gather(shard.astype(dtype), MODEL, axis=0, tiled=True)
+def _whole(kernels: tuple[jax.Array, ...], dtype: str, outer: int, sharded: bool) -> jax.Array:
+  """The whole kernel; of shards the transpose sums gradients over `model` and keeps this device's
+  rows.
+  """
+  kernel = side_by_side(kernels, dtype)
+  if sharded:
+    kernel = jax.lax.all_gather(kernel, MODEL, axis=0, tiled=True)
+  return on_cpu_inner_first(kernel, outer)

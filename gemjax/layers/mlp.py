@@ -45,13 +45,18 @@ class Mlp(nnx.Module):
     self.norms = nnx.List([norm(width) for width in hidden] if norm else [])
 
   @jax.named_scope("mlp")
-  def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
-    return self.layers[-1](self.hidden(x_BI, key_B))
+  def __call__(self, x_BI: jax.Array, key_B: Key = None, outer: int = 0) -> jax.Array:
+    """With `outer` inputs lie (k outer) on a CPU where the rows of the first W lie (outer k)."""
+    first, *others = self.layers
+    if not others:
+      return first(x_BI, outer)
+    return others[-1](self.hidden(x_BI, key_B, outer))
 
-  def hidden(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
+  def hidden(self, x_BI: jax.Array, key_B: Key = None, outer: int = 0) -> jax.Array:
     """What the last layer reads: x itself where no layer is hidden."""
     h = x_BI
     for i, layer in enumerate(self.layers[:-1]):
-      h = self.norms[i](layer(h)) if self.norms else layer(h)
+      h = layer(h, 0 if i else outer)
+      h = self.norms[i](h) if self.norms else h
       h = dropout(jax.nn.relu(h), self.dropout, fold(key_B, i))
     return h

@@ -7,6 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from gemjax.layers.linear import on_cpu_inner_first
 
 EPS = 1e-6
 
@@ -24,8 +27,10 @@ class LayerNorm(nnx.Module):
     self.dtype, self.axis, self.eps = dtype, axis, eps
 
   @jax.named_scope("norm")
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return _normalise(self.axis, self.dtype, self.eps, x, self.scale[...], self.bias[...])
+  def __call__(self, x: jax.Array, outer: int = 0) -> jax.Array:
+    """With `outer` the axis lies (k outer) on a CPU where scale and bias lie (outer k)."""
+    scale, bias = (on_cpu_inner_first(w[...], outer) for w in (self.scale, self.bias))
+    return _normalise(self.axis, self.dtype, self.eps, x, scale, bias)
 
 
 def normalised(x: jax.Array, dtype: str, eps: float = EPS) -> jax.Array:
@@ -61,10 +66,12 @@ def _normalise(axis, dtype, eps, x, scale, bias):
 
 
 def _forward(axis, dtype, eps, x, scale, bias):
+  x = written_once(x)
   wide = x.astype(jnp.float32)
-  mean = wide.mean(axis, keepdims=True)
+  mean = written_once(wide.mean(axis, keepdims=True))
   # Not mean(x^2) - mean^2, of which nothing is left where x is large and nearly constant.
   inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis, keepdims=True) + eps)
+  inverse = written_once(inverse)
   y = (wide - mean) * inverse * _along(axis, scale, x) + _along(axis, bias, x)
   return written_once(y.astype(dtype)), (x, mean, inverse, scale)
 
@@ -75,8 +82,8 @@ def _backward(axis, dtype, eps, kept, gradient):
   normal = (x.astype(jnp.float32) - mean) * inverse
   gradient = gradient.astype(jnp.float32)
   g = gradient * _along(axis, scale, x)
-  of_mean = g.mean(axis, keepdims=True)
-  of_scale = (g * normal).mean(axis, keepdims=True)
+  of_mean = written_once(g.mean(axis, keepdims=True))
+  of_scale = written_once((g * normal).mean(axis, keepdims=True))
   others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
   of_x = ((g - of_mean - normal * of_scale) * inverse).astype(x.dtype)
   return of_x, (gradient * normal).sum(others), gradient.sum(others)
@@ -86,9 +93,13 @@ _normalise.defvjp(_forward, _backward)
 
 
 def written_once(x: jax.Array) -> jax.Array:
-  """x itself. For a CPU XLA writes what products read in several shapes once a shape; not this."""
-  barrier = jax.lax.optimization_barrier
-  return jax.lax.platform_dependent(x, cpu=barrier, default=lambda x: x)
+  """x itself, which XLA for CPUs shall neither fold into the products that read it nor lay out
+  otherwise; a barrier, which it takes out again before it fuses.
+  """
+  held = lambda x: jax.lax.optimization_barrier(
+    with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # Else a transpose happens behind it.
+  )
+  return jax.lax.platform_dependent(x, cpu=held, default=lambda x: x)
 
 
 def _along(axis: int, vector: jax.Array, x: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ from flax import nnx
 
 from gemjax import config as config_lib
 from gemjax.layers.dropout import Key, fold
-from gemjax.layers.interaction import FactorizationMachine, UnitLinear
+from gemjax.layers.interaction import FactorizationMachine, UnitLinear, map_together
 from gemjax.layers.mlp import Mlp
 from gemjax.layers.norm import EPS, FrozenBatchNorm, LayerNorm, written_once
 from gemjax.layers.saved import ALL, Keeping, run, scan
@@ -74,15 +74,23 @@ class WukongLayer(nnx.Module):
     mapped = lambda: UnitLinear(units, outputs, dtype=dtype, rngs=rngs, bias=bias)
     self.residual = None if units == outputs else mapped()
     self.norm = LayerNorm(dim, dtype, rngs, axis=1, eps=eps)
-    self.dim, self.relu = dim, getattr(config, "fmb_relu", False)
+    self.units, self.dim, self.dtype = units, dim, dtype
+    self.relu = getattr(config, "fmb_relu", False)
 
   @jax.named_scope("wukong_layer")
   def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
-    flat = self.mlp(self.fm_norm(self.fm(x_BDN, fold(key_B, 0))), fold(key_B, 1))
+    residual = self.residual and self.residual.kernel_NL
+    kernels = [self.fm.mapped_by, self.compress.kernel_NL, residual]
+    mixed, compressed, residual = map_together(x_BDN, kernels, self.units, self.dtype)
+    if residual is None:
+      residual = x_BDN
+    elif self.residual.bias_L is not None:
+      residual += self.residual.bias_L[...].astype(self.dtype)
+    pairs_BI = self.fm_norm(self.fm(x_BDN, mixed, fold(key_B, 0)), self.units)
+    flat = self.mlp(pairs_BI, fold(key_B, 1), self.units)
     fmb = rearrange(flat, "b (n d) -> b d n", d=self.dim)
     fmb = jax.nn.relu(fmb) if self.relu else fmb
-    residual = x_BDN if self.residual is None else self.residual(x_BDN)
-    return self.norm(jnp.concatenate([fmb, self.compress(x_BDN)], 2) + residual)
+    return self.norm(jnp.concatenate([fmb, compressed], 2) + residual)
 
 
 class Wukong(nnx.Module):

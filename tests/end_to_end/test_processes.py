@@ -53,13 +53,15 @@ def test_two_processes_train_to_the_result_of_one(mesh, alone, data, cache, tmp_
   assert found["train"]["steps"] == alone["train"]["steps"]
   assert found["params"] == alone["params"]
   assert found["gflop_per_example"] == pytest.approx(alone["gflop_per_example"], 1e-3)
-  np.testing.assert_allclose(found["train"]["loss"], alone["train"]["loss"], rtol=1e-4)
+  # ReLUs: a pre-activation near 0 that rounds to its other side parts correct runs by so much;
+  # tests/train/test_mesh.py has the close comparison, of a smooth model.
+  np.testing.assert_allclose(found["train"]["loss"], alone["train"]["loss"], rtol=3e-3)
   for split in ("valid", "test"):
     for task, theirs in alone[split]["tasks"].items():
       ours = found[split]["tasks"][task]
       assert ours["examples"] == theirs["examples"]
-      for metric in ("log_loss", "calibration"):
-        np.testing.assert_allclose(ours[metric], theirs[metric], rtol=1e-3)
+      for metric, apart in (("log_loss", 1e-2), ("calibration", 3e-2)):
+        np.testing.assert_allclose(ours[metric], theirs[metric], rtol=apart)
   # One process reads what two have saved.
   again = evaluate_run(run, "test").results
   for task, ours in again.items():

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gemjax.layers.interaction import GROUPS, map_units
+from gemjax.config import MODEL
+from gemjax.layers.interaction import GROUPS, FactorizationMachine, map_together, map_units
 
 D, N, L = 3, 5, 2
 
@@ -17,7 +20,7 @@ def test_every_batch_size(batch, dtype, tolerance):
   x, w, g = (rng.normal(size=s) for s in ((batch, D, N), (N, L), (batch, D, L)))
   if dtype == "bfloat16":
     x, g = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, g))
-  map_of = lambda x, w: map_units(x, w, N, dtype)
+  map_of = lambda x, w: map_units(x, (w,), N, dtype)
   y, transpose = jax.vjp(map_of, jnp.asarray(x, dtype), jnp.asarray(w, jnp.float32))
   of_x, of_w = transpose(jnp.asarray(g, dtype))
   assert y.dtype == of_x.dtype == dtype and of_w.dtype == jnp.float32
@@ -25,3 +28,41 @@ def test_every_batch_size(batch, dtype, tolerance):
               np.einsum("bdn,bdl->nl", x, g))  # fmt: skip
   for found, right in zip((y, of_x, of_w), expected):
     np.testing.assert_allclose(np.float64(found), right, rtol=0, atol=tolerance * abs(right).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_have_the_types_of_what_they_are_of(dtype):
+  """Units in float32 on their way into a layer that computes in `dtype`."""
+  fm = FactorizationMachine("optimised", N, D, 2, dtype=dtype, rngs=nnx.Rngs(0))
+
+  def loss(x_BDN, y_NK):
+    (mixed_BDK,) = map_together(x_BDN, [nnx.Param(y_NK)], N, dtype)
+    return fm(x_BDN, mixed_BDK).astype("float32").sum()
+
+  x_BDN = jnp.ones((4, D, N))
+  of_x, of_y = jax.grad(loss, (0, 1))(x_BDN, fm.y_NK[...])
+  assert of_x.dtype == of_y.dtype == "float32"
+  # sum_nk x_n (x . y)_k for x = 1: D (sum of Y) N, differentiated.
+  np.testing.assert_allclose(of_y, np.full(of_y.shape, 4.0 * D * N), rtol=1e-2)
+
+
+def test_maps_whose_kernels_lie_whole_or_in_shards_are_each_their_own():
+  """A small kernel beside one that is large enough to be sharded, and one that is not there."""
+  rng = np.random.default_rng(0)
+  units, widths = 4, (2, 3, 1)
+  x_BDN = jnp.asarray(rng.normal(size=(5, D, units)), jnp.float32)
+  kernels = [jnp.asarray(rng.normal(size=(units, w)), jnp.float32) for w in widths]
+
+  def maps(x_BDN, *kernels):
+    first, *others = [nnx.Param(kernel) for kernel in kernels]
+    return [
+      m for m in map_together(x_BDN, [first, None, *others], units, "float32") if m is not None
+    ]
+
+  whole, sharded = PartitionSpec(), PartitionSpec(MODEL)
+  mesh = jax.make_mesh((2,), (MODEL,))
+  lie = (whole, whole, sharded, whole)
+  inputs = [jax.device_put(a, NamedSharding(mesh, p)) for a, p in zip((x_BDN, *kernels), lie)]
+  found = jax.shard_map(maps, mesh=mesh, in_specs=lie, out_specs=whole, check_vma=False)(*inputs)
+  for y_BDL, kernel_NL in zip(found, kernels, strict=True):
+    np.testing.assert_allclose(y_BDL, np.float64(x_BDN) @ np.float64(kernel_NL), atol=1e-5)
