@@ -124,7 +124,7 @@ def test_disk_that_really_refuses(tmp_path):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_killed_in_the_middle(tmp_path, sign):
-  flags = flags_for(tmp_path, 300_000)
+  flags = flags_for(tmp_path, 3_000_000)  # Seconds of work, however late we are.
   process = launch(*flags)
   while process.poll() is None and not (tmp_path / "out.partial").exists():
     time.sleep(0.01)
