@@ -1,8 +1,11 @@
 """What longer histories cost a step of GEM and what they tell it, and the price of empty slots.
 
 The model is that of configs/gem_movielens.py; for times every example has the same number of
-events, in batches of one size. Attention among the newest events sees blocks of 64; over the whole
-history it sees one summary of eight events each. Times are medians of steps in turns.
+events, in batches of one size and the room that the pipeline gives them. Attention among events
+sees blocks of 64; over the whole history it sees one summary of eight events each. Times are
+medians of steps in turns. Padding is measured twice: "ragged" histories of 0 to 1,000 events, as
+many in all as 500 each, half of which a batch padded to its longest would waste; and "empty", a
+batch with as many empty slots as events, which the pipeline never makes.
 
 NE is that of `launch/train.py --config=configs/gem_movielens.py --config.data.history=EVENTS` on
 ML-1M, seed 0, where GEMJAX_DATA is a folder that holds ml-1m; finished runs in GEMJAX_RUNS (default
@@ -20,21 +23,32 @@ import numpy as np
 from benchmarks import movielens
 from benchmarks.turns import jitted_step, stepper, take_turns
 
-from gemjax.features import Batch, EventColumn, Events, FeatureSet, History, Sparse
+from gemjax.features import (
+  HISTORY_STEPS,
+  Batch,
+  EventColumn,
+  Events,
+  FeatureSet,
+  History,
+  Sparse,
+  event_capacity,
+)
 from gemjax.train.state import make_trainer
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "gem_movielens.py"
 RUNS = pathlib.Path(os.environ.get("GEMJAX_RUNS", "runs/history"))
 BATCH, USERS, ITEMS = 32, 3_000, 3_000
 LENGTHS = (10, 50, 100, 500, 2000)
-PADDED = 500  # Events an example, of which the padded batch has as many slots again.
+PADDED = 500  # Events an example, where padding is measured.
 REPEATS = 7
 
 
 def run() -> dict[str, float]:
   """Seconds a step by events an example, the growth beside theirs, and the price of padding."""
-  steps = {f"{length}": _step(length, 1) for length in LENGTHS}
-  steps["padded"] = _step(PADDED, 2)
+  steps = {f"{length}": _step(length, np.full(BATCH, length)) for length in LENGTHS}
+  ragged_B = np.linspace(0, 2 * PADDED, BATCH).round().astype(int)
+  steps["ragged"] = _step(2 * PADDED, ragged_B)
+  steps["empty"] = _step(PADDED, np.full(BATCH, PADDED), slots=2 * BATCH * PADDED)
   seconds = take_turns(steps, "lengths", REPEATS)
   figures = {f"step_seconds_{name}_events": seconds[name] for name in map(str, LENGTHS)}
   told = _told()
@@ -44,9 +58,8 @@ def run() -> dict[str, float]:
   longest, before = LENGTHS[-1], LENGTHS[-2]
   growth = seconds[f"{longest}"] / seconds[f"{before}"]
   return figures | {
-    f"step_seconds_{PADDED}_events_half_padding": seconds["padded"],
     f"time_over_events_{before}_to_{longest}": growth / (longest / before),
-    "half_padding_over_none": seconds["padded"] / seconds[f"{PADDED}"],
+    **{f"{kind}_over_none": seconds[kind] / seconds[f"{PADDED}"] for kind in ("ragged", "empty")},
   }
 
 
@@ -79,13 +92,14 @@ def _draw(seconds: list[float], ne: list[float]) -> None:
   pyplot.savefig(RUNS / "history.png", dpi=150)
 
 
-def _step(length: int, slots: int):
-  """A step of examples with `length` events each, in `slots` times as much room."""
+def _step(longest: int, length_B: np.ndarray, *, slots: int = 0):
+  """A step of examples with so many events, by default in the room that the pipeline gives."""
   config = runpy.run_path(str(CONFIG))["get_config"]()
-  config.data.batch_size, config.data.history = BATCH, length
-  features = _features(length)
+  config.data.batch_size, config.data.history = BATCH, longest
+  features = _features(longest)
   trainer = make_trainer(config, features, steps=1000)
-  return stepper(jitted_step(trainer), trainer.born(), _batch(features, length, slots))[0]
+  slots = slots or event_capacity(int(length_B.sum()), steps=HISTORY_STEPS)
+  return stepper(jitted_step(trainer), trainer.born(), _batch(features, length_B, slots))[0]
 
 
 def _features(length: int) -> FeatureSet:
@@ -99,13 +113,14 @@ def _features(length: int) -> FeatureSet:
   )
 
 
-def _batch(features: FeatureSet, length: int, slots: int) -> Batch:
+def _batch(features: FeatureSet, length_B: np.ndarray, slots: int) -> Batch:
   rng = np.random.default_rng(0)
   ids = lambda *shape: rng.integers(2, ITEMS, shape).astype(np.int32)
-  used = BATCH * length
-  ids_EC, age_E = np.zeros((slots * used, 1), np.int32), np.zeros(slots * used, np.int32)
+  used = length_B.sum()
+  ids_EC, age_E = np.zeros((slots, 1), np.int32), np.zeros(slots, np.int32)
   ids_EC[:used] = ids(used, 1)
-  age_E[:used] = np.sort(rng.integers(1, 10**6, (BATCH, length)), 1)[:, ::-1].reshape(-1)
+  ages = [np.sort(rng.integers(1, 10**6, length))[::-1] for length in length_B]
+  age_E[:used] = np.concatenate(ages)
   return Batch(
     dense_BF=np.zeros((BATCH, 0), np.float32),
     ids_BS=ids(BATCH, len(features.sparse)),
@@ -114,5 +129,5 @@ def _batch(features: FeatureSet, length: int, slots: int) -> Batch:
     group_B=np.full(BATCH, -1, np.int32),
     oracle_BT=np.zeros((BATCH, 0), np.float32),
     sequences={},
-    histories={"rated": Events(ids_EC, age_E, np.full(BATCH, length, np.int32))},
+    histories={"rated": Events(ids_EC, age_E, length_B.astype(np.int32))},
   )
