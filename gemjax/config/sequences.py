@@ -86,7 +86,7 @@ class Gem:
   width: int = 1  # Blocks side by side in a layer, which share its units out among them.
   memory_units: int = 4  # Of a layer's output, over which later layers attend; 0: plain Wukong.
   pooled: bool = True  # Whether means over histories are units of the input.
-  interest: int = 64  # So are DIN's sums of events, weighed through so many hidden; 0: none.
+  interest: int = 64  # So are means of events as DIN weighs them, with so many hidden; 0: none.
   skip: bool = True  # Whether the head reads the input's units and the candidates, too.
   gain: float = 0.0  # Of what it then reads of the layers, at birth.
   # Sequence towers: for every history a pyramid of branches side by side.

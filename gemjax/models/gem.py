@@ -6,7 +6,7 @@ design. Units are the features and, of every history, the mean and DIN's interes
 brings them to n_F + n_L units. Then in layer i = 1..l all parts read the layer's inputs, so that
 interactions and sequences run side by side:
 
-  X_0     = [features | means | sum_e a(e, candidate) e],  X_1 = WukongLayer(X_0)
+  X_0     = [features | means | mean_e a(e, candidate) e],  X_1 = WukongLayer(X_0)
   X_sum   = Gating(W X_i)
   M_i     = LN(C X_i), some units;  M_0 = C X_0
   A       = attention of X_sum over the memories M_0 .. M_i
@@ -34,7 +34,7 @@ to layer (GEM's post).
 | strides, means, one cell a branch and layer                                   | ours        |
 | blocks of 64, QK-norm, rotary positions, PMA, cross attention                 | GEM         |
 | X_sum, S_sum, personalised W                                                  | InterFormer |
-| interest as a unit of X_0: not normalised, it tells how much, not only what   | DIN, ours   |
+| interest as a unit of X_0, the mean over events where DIN has the sum         | DIN, ours   |
 | at the head, gains of what layers say, born at zero (as in ReZero 2003.04887) | ours        |
 | several domains over one trunk                                                | GEM         |
 | heads of all domains, which each bends to its own                             | STAR, ours  |
@@ -221,7 +221,7 @@ class Gem(nnx.Module):
     histories = histories if config.strides or config.interest else ()
     self.names = tuple(h.name for h in histories)
     self.events = nnx.List([EventInput(h, dim, **make) for h in histories])
-    interest = lambda: Interest((config.interest,), dim, **make)
+    interest = lambda: Interest((config.interest,), dim, mean=True, **make)
     self.interests = nnx.List([interest() for _ in histories] if config.interest else [])
     units += len(self.interests)
     self.branches = tuple(

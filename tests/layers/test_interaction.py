@@ -47,22 +47,47 @@ def test_gradients_have_the_types_of_what_they_are_of(dtype):
 
 
 def test_maps_whose_kernels_lie_whole_or_in_shards_are_each_their_own():
-  """A small kernel beside one that is large enough to be sharded, and one that is not there."""
+  """A small kernel beside one that is large enough to be sharded, and one that is not there.
+
+  The two devices see examples of their own, and a whole kernel's gradient is that of its examples.
+  """
   rng = np.random.default_rng(0)
   units, widths = 4, (2, 3, 1)
-  x_BDN = jnp.asarray(rng.normal(size=(5, D, units)), jnp.float32)
-  kernels = [jnp.asarray(rng.normal(size=(units, w)), jnp.float32) for w in widths]
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  x_BDN, kernels = draw(6, D, units), [draw(units, w) for w in widths]
+  weights = [draw(6, D, w) for w in widths]
 
   def maps(x_BDN, *kernels):
     first, *others = [nnx.Param(kernel) for kernel in kernels]
-    return [
-      m for m in map_together(x_BDN, [first, None, *others], units, "float32") if m is not None
-    ]
+    found = map_together(x_BDN, [first, None, *others], units, "float32")
+    return [m for m in found if m is not None]
 
-  whole, sharded = PartitionSpec(), PartitionSpec(MODEL)
+  def gradients(x_BDN, *rest):
+    weights, kernels = rest[:3], rest[3:]
+    loss = lambda *of: sum(jnp.vdot(w, y) for w, y in zip(weights, maps(*of)))
+    of_x, *of_kernels = jax.grad(loss, range(4))(x_BDN, *kernels)
+    return of_x, *(of[None] for of in of_kernels)
+
   mesh = jax.make_mesh((2,), (MODEL,))
-  lie = (whole, whole, sharded, whole)
-  inputs = [jax.device_put(a, NamedSharding(mesh, p)) for a, p in zip((x_BDN, *kernels), lie)]
-  found = jax.shard_map(maps, mesh=mesh, in_specs=lie, out_specs=whole, check_vma=False)(*inputs)
+  whole, halved = PartitionSpec(), PartitionSpec(MODEL)
+  lie = (whole, halved, whole)  # Of the kernels.
+
+  def over_devices(f, ins, *inputs):
+    placed = [jax.device_put(a, NamedSharding(mesh, lies)) for a, lies in zip(inputs, ins)]
+    return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=halved, check_vma=False)(*placed)
+
+  found = over_devices(maps, (halved, *lie), x_BDN, *kernels)
   for y_BDL, kernel_NL in zip(found, kernels, strict=True):
     np.testing.assert_allclose(y_BDL, np.float64(x_BDN) @ np.float64(kernel_NL), atol=1e-5)
+
+  given = (halved, *3 * [halved], *lie)
+  of_x_BDN, *of_kernels = over_devices(gradients, given, x_BDN, *weights, *kernels)
+  expected = sum(np.float64(w) @ np.float64(k).T for w, k in zip(weights, kernels))
+  np.testing.assert_allclose(of_x_BDN, expected, atol=1e-5)
+  own = lambda half, w: np.einsum("bdn,bdl->nl", *(np.float64(a[half]) for a in (x_BDN, w)))
+  first, second = slice(0, 3), slice(3, 6)
+  for i in (0, 2):
+    each = np.stack([own(first, weights[i]), own(second, weights[i])])
+    np.testing.assert_allclose(of_kernels[i], each, atol=1e-5)
+  all_NL = own(slice(None), weights[1])  # Summed over the devices, each keeps its rows.
+  np.testing.assert_allclose(of_kernels[1], all_NL.reshape(2, 2, 3), atol=1e-5)

@@ -90,7 +90,8 @@ def heads(x, w):
   return np.array([mlp(x.reshape(-1), w["heads"][t])[0] for t in range(len(w["heads"]))])
 
 
-def interest(s, candidate, w):
-  """v = sum_e MLP([e, c, e - c, e * c]) e, not normalised."""
+def interest(s, candidate, w, *, mean=False):
+  """v = sum_e MLP([e, c, e - c, e * c]) e, not normalised; with `mean` over the events' number."""
   seen = lambda e: np.concatenate([e, candidate, e - candidate, e * candidate])
-  return sum((mlp(seen(e), w["weigh"]) * e for e in s), np.zeros_like(candidate))
+  total = sum((mlp(seen(e), w["weigh"]) * e for e in s), np.zeros_like(candidate))
+  return total / max(1, len(s)) if mean else total

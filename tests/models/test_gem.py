@@ -93,7 +93,7 @@ def oracle(config, w, x, histories, domain_B=None):
     candidate = candidate_token(x, SPECS[i].candidate, w["events"][i])
     candidates.append(candidate)
     if config.interest:
-      interests.append(interest(s, candidate[0], w["interests"][i])[None])
+      interests.append(interest(s, candidate[0], w["interests"][i], mean=True)[None])
     branches += [Branch(config, SPECS[i], stride, s, age, candidate) for stride in config.strides]
   x = np.concatenate([x, *interests])
   memories = [over_units(x, w["memory"])] if config.memory_units else []
