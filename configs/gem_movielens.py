@@ -50,11 +50,11 @@ INTERACTION = {
   "mlp": (128,),
   "head": (128,),
 }
-FINE = Attention(block=64, rope=10000.0, qk_norm=True)
+FINE = Attention(block=256, rope=10000.0, qk_norm=True)
 COARSE = Attention(rope=10000.0, qk_norm=True)
 GEM = Gem(
   layers=1,
-  **(INTERACTION | {"mlp": (64,), "head": (128, 128)}),
+  **(INTERACTION | {"mlp": (64,)}),
   memory_units=2,
   strides=(1, 8),
   fine=FINE,
@@ -89,7 +89,6 @@ ABLATIONS = {
   "no_gain": {"gain": 1.0},
   "hstu_cell": {"cell": "hstu"},
   "width_2": {"width": 2},
-  "full_attention": {"fine": COARSE},
 }
 
 

@@ -76,7 +76,7 @@ class InterFormer:
 class Gem:
   """GEM; see gemjax/models/gem.py. Every part can be switched off."""
 
-  layers: int = 2  # What sequences say reaches interactions from the second on.
+  layers: int = 2
   # Interaction tower: Wukong's layers.
   fmb_units: int = 16  # n_F
   lcb_units: int = 16  # n_L

@@ -3,23 +3,24 @@ interactions and pyramids of sequence layers, which learn from each other in eve
 
 Published are the parts and what they are for, not their formulas; what is written here is our
 design. Units are the features and, of every history, the mean and DIN's interest. A Wukong layer
-brings them to n_F + n_L units. Then in layer i = 1..l all parts read the layer's inputs, so that
-interactions and sequences run side by side:
+brings them to n_F + n_L units. Then in layer i = 1..l interactions and sequences read the layer's
+inputs, X_i and S_i, so that they run side by side:
 
   X_0     = [features | means | mean_e a(e, candidate) e],  X_1 = WukongLayer(X_0)
   X_sum   = Gating(W X_i)
   M_i     = LN(C X_i), some units;  M_0 = C X_0
   A       = attention of X_sum over the memories M_0 .. M_i
+  S_sum   = [cross(X_sum, S) | cross(candidate, S) | PMA(S) | newest tokens], gated if asked for,
+            over all branches S_i
   X_{i+1} = concat over the width of WukongLayer([X_i | S_sum | A])
   S_{i+1} = cell(S_i + LN(S_i) W(X_sum))   of every branch; cell: a transformer or an HSTU block
-  S_sum   = [cross(X_sum, S) | cross(candidate, S) | PMA(S) | newest tokens], gated if asked for,
-            over all branches S_{i+1}; first 0
 
   ŷ       = MLP([X_0 | c | g * [X_{l+1} | S_sum]])   bent to the example's domain (DomainHeads)
 
-with c the candidate as a token of every history, and gains g (a number for each of D places of each
-unit) born at zero: GEM is born as DIN with means, and its layers change a prediction only as far as
-that has paid. (Without `skip` the head reads X_{l+1} and S_sum as they are.)
+with S_sum once more, of X_{l+1} and S_{l+1}, c the candidate as a token of every history, and gains
+g (a number for each of D places of each unit) born at zero: GEM is born as DIN with means, and its
+layers change a prediction only as far as that has paid. (Without `skip` the head reads X_{l+1} and
+S_sum as they are.)
 
 Pyramid: every history is read by branches of several strides side by side. The branch of stride 1
 has all events, which attend inside blocks of 64: O(T). A branch of stride s has the means of s
@@ -85,7 +86,6 @@ class State(NamedTuple):
 
   x_BDN: jax.Array
   x_ED: tuple[jax.Array, ...]  # Of every branch.
-  s_sum_BMD: jax.Array  # What the branches say; no unit where they say it in the end alone.
   memory_BLKD: jax.Array
 
 
@@ -113,7 +113,7 @@ class BranchLayer(nnx.Module):
 
 
 class BranchSummary(nnx.Module):
-  """S_sum of all branches; `outputs` counts its units."""
+  """(X_sum, sequences) -> S_sum of all branches; `outputs` counts its units."""
 
   def __init__(
     self, config: config_lib.Gem, branches: tuple[Branch, ...], dim: int, dtype: str, rngs
@@ -130,9 +130,9 @@ class BranchSummary(nnx.Module):
     self.cross, self.target = config.cross, config.target
 
   def __call__(
-    self, sequences: list[Tokens], x_sum_BMD: jax.Array, candidates: list[jax.Array]
+    self, x_sum_BMD: jax.Array | None, sequences: list[Tokens], candidates: list[jax.Array]
   ) -> jax.Array:
-    """`candidates` has the candidate's token (B, D) for every branch."""
+    """`candidates` has the candidate's token (B, D) for every branch; X_sum is read for `cross`."""
     parts = []
     for summary, tokens, candidate_BD in zip(self.sequences, sequences, candidates):
       asked = [x_sum_BMD] if self.cross else []
@@ -180,22 +180,20 @@ class GemLayer(nnx.Module):
     key = lambda part: fold(key_B, part)
     sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
     x_sum_BMD = self.units(state.x_BDN)
-    heard = [state.s_sum_BMD]
-    memory_BLKD = state.memory_BLKD
+    input_BDN, memory_BLKD = [state.x_BDN], state.memory_BLKD
+    turned = lambda x_BMD: rearrange(x_BMD, "b m d -> b d m")
+    if self.summary is not None:
+      input_BDN.append(turned(self.summary(x_sum_BMD, sequences, candidates)))
     if self.memory is not None:
       memory_BLKD = self.memory.write(state.x_BDN, memory_BLKD, index)
-      heard.append(self.memory.read(x_sum_BMD, memory_BLKD, index + 1))
-    heard_BDM = rearrange(jnp.concatenate(heard, 1), "b m d -> b d m")
-    input_BDN = jnp.concatenate([state.x_BDN, heard_BDM], 2)
+      input_BDN.append(turned(self.memory.read(x_sum_BMD, memory_BLKD, index + 1)))
+    input_BDN = jnp.concatenate(input_BDN, 2)
     x_BDN = jnp.concatenate([b(input_BDN, key(2 * w)) for w, b in enumerate(self.blocks)], 2)
-    sequences = [
-      tokens._replace(x_ED=layer(tokens, x_sum_BMD, key(2 * b + 1)))
+    x_ED = tuple(
+      layer(tokens, x_sum_BMD, key(2 * b + 1))
       for b, (layer, tokens) in enumerate(zip(self.branches, sequences))
-    ]
-    s_sum_BMD = state.s_sum_BMD
-    if self.summary is not None:
-      s_sum_BMD = self.summary(sequences, x_sum_BMD, candidates)
-    return State(x_BDN, tuple(s.x_ED for s in sequences), s_sum_BMD, memory_BLKD)
+    )
+    return State(x_BDN, x_ED, memory_BLKD)
 
 
 class Gem(nnx.Module):
@@ -237,18 +235,16 @@ class Gem(nnx.Module):
       )
     )
     self.layers = stack(rngs)
+    asking = bool(self.branches) and config.cross
+    self.units = UnitSummary(outputs, config.cls, dim, config.gating, **make) if asking else None
     summary = lambda: BranchSummary(config, self.branches, dim, dtype, rngs)
-    late = bool(self.branches) and not config.exchange
-    self.units = UnitSummary(outputs, config.cls, dim, config.gating, **make) if late else None
-    self.summary = summary() if late else None
-    said = self.summary if late else self.layers.summary
-    deep = outputs + (said.outputs if said is not None else 0)
+    self.summary = summary() if self.branches else None
+    deep = outputs + (self.summary.outputs if self.summary is not None else 0)
     skipped = units + len(self.events) if config.skip else 0
     gain = lambda: nnx.Param(jnp.full((deep, dim), config.gain), axes=("width", "width"))
     self.gain_ND = gain() if config.skip else None
     inputs = (skipped + deep) * dim
     self.heads = DomainHeads(inputs, config.head, tasks, domains, config.dropout, dtype, rngs)
-    self.told = 0 if late or said is None else said.outputs
     self.depth, self.memory_units = config.layers, config.memory_units
 
   def __call__(
@@ -277,7 +273,6 @@ class Gem(nnx.Module):
     state = State(
       x_BDN=run(kept, self.first, x_BDN, fold(key_B, 0), layer=0),
       x_ED=tuple(b.x_ED for b in branches),
-      s_sum_BMD=jnp.zeros((B, self.told, D), x_BND.dtype),
       memory_BLKD=memory_BLKD,
     )
     graph, weights = nnx.split(self.layers)
@@ -287,12 +282,12 @@ class Gem(nnx.Module):
       return nnx.merge(graph, weights)(state, branches, candidates, index + 1, key)
 
     state = scan(kept, layer, state, weights, branches, candidates, key_B, first=1)
-    s_sum_BMD = state.s_sum_BMD
+    units_BND = rearrange(state.x_BDN, "b d n -> b n d")
     if self.summary is not None:
       sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
-      s_sum_BMD = self.summary(sequences, self.units(state.x_BDN), candidates)
-    layered_BND = rearrange(state.x_BDN, "b d n -> b n d")
-    units_BND = jnp.concatenate([layered_BND, s_sum_BMD], 1)
+      x_sum_BMD = None if self.units is None else self.units(state.x_BDN)
+      s_sum_BMD = self.summary(x_sum_BMD, sequences, candidates)
+      units_BND = jnp.concatenate([units_BND, s_sum_BMD], 1)
     if self.gain_ND is not None:
       gained_BND = units_BND * self.gain_ND[...].astype(units_BND.dtype)
       units_BND = jnp.concatenate([x_BND, *(c_BD[:, None] for c_BD in asking), gained_BND], 1)

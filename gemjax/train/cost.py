@@ -91,7 +91,7 @@ def _readers(model: config_lib.Model) -> Iterator[_Reader]:
       queries = (model.layers + 1) * model.pma
       yield _Reader(model.attention, 1, model.layers, queries, True, more=model.cls)
     case config_lib.Gem():
-      times = model.layers if model.exchange else 1
+      times = 1 + model.layers * model.exchange
       queries = times * (model.pma + (model.cls if model.cross else 0) + model.target)
       personal = model.exchange and model.personalised
       for stride in model.strides:

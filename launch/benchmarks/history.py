@@ -2,7 +2,7 @@
 
 The model is that of configs/gem_movielens.py; for times every example has the same number of
 events, in batches of one size and the room that the pipeline gives them. Attention among events
-sees blocks of 64; over the whole history it sees one summary of eight events each. Times are
+sees blocks of 256; over the whole history it sees one summary of eight events each. Times are
 medians of steps in turns. Padding is measured twice: "ragged" histories of 0 to 1,000 events, as
 many in all as 500 each, half of which a batch padded to its longest would waste; and "empty", a
 batch with as many empty slots as events, which the pipeline never makes.

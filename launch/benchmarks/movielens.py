@@ -101,6 +101,7 @@ def trained(
       f"--workdir={workdir}",
       f"--config.data.path={data}",
       f"--config.train.seed={seed}",
+      f"--config.compilation.cache={workdir.parent / 'compiled'}",  # One compilation for all seeds.
       *flags,
     )
   return json.loads(summary.read_text())

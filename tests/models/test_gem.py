@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from history_case import SPECS, B, Case, D, T, maker
+from history_case import SPECS, B, Case, T, maker
 from numpy_layers import (
   candidate_token,
   coarsen,
@@ -62,10 +62,12 @@ def said(config, branches, x_sum, w):
   return gating(np.concatenate(parts), w.get("gate"), config.gating)
 
 
-def layer(config, branches, x, s_sum, memories, w):
-  """X and the branches' S follow from the layer's inputs, and S_sum from the new S."""
+def layer(config, branches, x, memories, w):
+  """X and the branches' S follow from the layer's inputs."""
   x_sum = unit_summary(x, w["units"], config.gating)
-  inputs = [x, s_sum]
+  inputs = [x]
+  if branches and config.exchange:
+    inputs.append(said(config, branches, x_sum, w["summary"]))
   if config.memory_units:
     memories.append(layer_norm(over_units(x, w["memory"]["compress"]), w["memory"]["norm"]))
     inputs.append(remembered(x_sum, memories, w["memory"]))
@@ -79,9 +81,7 @@ def layer(config, branches, x, s_sum, memories, w):
       branch.s = hstu(s, branch.age, of["cell"], branch.attention, branch.length)
     else:
       branch.s = transformer(s, branch.age, of["cell"], branch.attention, causal=True)
-  if branches and config.exchange:
-    s_sum = said(config, branches, x_sum, w["summary"])
-  return np.concatenate(blocks), s_sum
+  return np.concatenate(blocks)
 
 
 def oracle(config, w, x, histories, domain_B=None):
@@ -99,17 +99,14 @@ def oracle(config, w, x, histories, domain_B=None):
   memories = [over_units(x, w["memory"])] if config.memory_units else []
   skipped = [x, *candidates] if config.skip else []
   x = wukong_layer(x, w["first"], config.fmb_units)
-  of_stride = lambda b: config.recent if b.stride == 1 else 0
-  queries = config.pma + (config.cls if config.cross else 0) + config.target
-  told = sum(queries + of_stride(b) for b in branches) if config.exchange else 0
-  s_sum = np.zeros((told, D))
   for i in range(config.layers):
     of = jax.tree.map(lambda p, i=i: p[i], w["layers"])
-    x, s_sum = layer(config, branches, x, s_sum, memories, of)
-  if branches and not config.exchange:
-    x_sum = unit_summary(x, w["units"], config.gating)
-    s_sum = said(config, branches, x_sum, w["summary"])
-  told = np.concatenate([x, s_sum])
+    x = layer(config, branches, x, memories, of)
+  told = [x]
+  if branches:
+    x_sum = unit_summary(x, w["units"], config.gating) if config.cross else None
+    told.append(said(config, branches, x_sum, w["summary"]))
+  told = np.concatenate(told)
   told = told * w["gain_ND"] if config.skip else told
   x, domain, of = np.concatenate([*skipped, told]).reshape(-1), domain_B, w["heads"]
   if domain is None:
@@ -153,7 +150,7 @@ def test_layers_say_nothing_at_birth(whole):
   born.params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   params, _, _ = born.gradients(np.ones((B, T), np.float32))
   silent = {name for name in params if not any(g.any() for g in jax.tree.leaves(params[name]))}
-  assert silent == {"first", "layers", "memory"}
+  assert silent == {"first", "layers", "memory", "summary", "units"}
 
 
 def test_a_domain_learns_from_its_own_examples(whole):
@@ -181,28 +178,30 @@ def test_two_histories(quickly_compiled):
 SWITCHES = {  # What is switched, and which parameters go with it.
   "exchange": ({"exchange": False}, r"layers\.(summary|branches\.\d\.(norm|personal))\."),
   "personalised": ({"personalised": False}, r"layers\.branches\.\d\.(norm|personal)\."),
-  "cross": ({"cross": False}, "none"),
+  "cross": ({"cross": False}, r"units\."),
   "target": ({"target": False}, "none"),
-  "gating": ({"gating": "none"}, r"layers\.(units|summary)\.gate\."),
+  "gating": ({"gating": "none"}, r"(layers\.)?(units|summary)\.gate\."),
   "skip": ({"skip": False}, "gain_ND"),
-  "pma": ({"pma": 0}, r"layers\.summary\.sequences\.\d\.pool\.seeds_MD"),
+  "pma": ({"pma": 0}, r"(layers\.)?summary\.sequences\.\d\.pool\.seeds_MD"),
   "recent": ({"recent": 0}, "none"),
   "interest": ({"interest": 0}, r"interests\."),
   "all but recent": (
     {"cross": False, "target": False, "pma": 0, "strides": (1,)},
-    r"layers\.(summary\.sequences|branches\.1)\.",
+    r"units\.|(layers\.)?summary\.sequences\.|layers\.branches\.1\.",
   ),
   "memory": ({"memory_units": 0}, r"(layers\.)?memory\."),
   "width": ({"width": 1}, r"layers\.blocks\.1\."),
-  "coarse branch": ({"strides": (1,)}, r"layers\.(branches|summary\.sequences)\.1\."),
-  "towers": ({"strides": ()}, r"layers\.(branches|summary)\."),
+  "coarse branch": (
+    {"strides": (1,)},
+    r"(layers\.)?summary\.sequences\.1\.|layers\.branches\.1\.",
+  ),
+  "towers": ({"strides": ()}, r"units\.|(layers\.)?summary\.|layers\.branches\."),
   "histories": (
     {"strides": (), "interest": 0},
-    r"events\.|interests\.|layers\.(branches|summary)\.",
+    r"events\.|interests\.|units\.|(layers\.)?summary\.|layers\.branches\.",
   ),
   "domain": ({"domain": ""}, r"heads\.(gain_KI|shift_KI|weights_KH|bias_KT)"),
 }
-LATE = r"(units|summary)\."  # Where nothing was exchanged, the head asks the branches.
 
 
 def names(params):
@@ -216,8 +215,7 @@ def test_a_part_is_switched_off(quickly_compiled, whole, name):
   changes, part = SWITCHES[name]
   off = case(dataclasses.replace(CONFIG, **changes), 1)
   before, after = names(whole.params), names(off.params)
-  assert before - after == {n for n in before if re.match(part, n)}
-  assert all(name == "exchange" and re.match(LATE, n) for n in after - before)
+  assert before - after == {n for n in before if re.match(part, n)} and not after - before
   off.check_forward()
 
 

@@ -40,8 +40,9 @@ def products(tokens, block, causal, queries, personal):
 @pytest.mark.parametrize("lengths", [(0,), (16, 0, 32), (8, 64), (7, 13, 30)])
 def test_products_of_pairs(lengths):
   flops = lambda model: jagged_flops(config(model), {"views": np.array(lengths)})
-  gem = sum(3 * products(n, 8, True, 6, True) for n in lengths)
-  gem += sum(3 * products(-(-n // 4), 0, True, 6, True) for n in lengths)
+  tokens = lambda n: ((n, 8), (-(-n // 4), 0))  # Of every branch, and its blocks.
+  gem = sum(3 * products(*of, True, 6, True) for n in lengths for of in tokens(n))
+  gem += sum(2 * 2 * D * 6 * of for n in lengths for of, _ in tokens(n))  # Asked at the head, too.
   assert flops(GEM) == 3 * gem
   alone = sum(3 * products(n, 8, True, 0, False) + products(n, 0, False, 6, False) -
               products(n, 0, False, 0, False) for n in lengths)  # fmt: skip
