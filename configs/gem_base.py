@@ -1,4 +1,4 @@
-"""GEM at the size of a vertical's foundation: 1.75 billion dense parameters, for planning.
+"""GEM at the size of a vertical's foundation: .9 billion dense parameters, for planning.
 
 There is no data for it: three histories as an ads platform has them, organic and ads engagement and
 conversions, over power-law tables (`get_features`). `:light` is a quarter as wide.

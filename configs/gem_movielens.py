@@ -89,6 +89,15 @@ ABLATIONS = {
   "no_gain": {"gain": 1.0},
   "hstu_cell": {"cell": "hstu"},
   "width_2": {"width": 2},
+  "layers_2": {"layers": 2},
+  "no_qk_norm": {
+    "fine": dataclasses.replace(FINE, qk_norm=False),
+    "coarse": dataclasses.replace(COARSE, qk_norm=False),
+  },
+  "no_rope": {
+    "fine": dataclasses.replace(FINE, rope=0.0),
+    "coarse": dataclasses.replace(COARSE, rope=0.0),
+  },
 }
 
 

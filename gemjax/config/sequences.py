@@ -84,7 +84,7 @@ class Gem:
   fm: str = "optimised"  # basic | optimised | attentive
   mlp: tuple[int, ...] = (256,)
   width: int = 1  # Blocks side by side in a layer, which share its units out among them.
-  memory_units: int = 4  # Of a layer's output, over which later layers attend; 0: plain Wukong.
+  memory_units: int = 4  # Of a layer's input, over which it and later layers attend; 0: none.
   pooled: bool = True  # Whether means over histories are units of the input.
   interest: int = 64  # So are means of events as DIN weighs them, with so many hidden; 0: none.
   skip: bool = True  # Whether the head reads the input's units and the candidates, too.
@@ -97,7 +97,7 @@ class Gem:
   )  # Of branches of stride 1.
   coarse: Attention = dataclasses.field(
     default_factory=lambda: Attention(rope=10000.0, qk_norm=True)
-  )  # Of the others.
+  )  # Of the others, and of the pooling of all; see CrossAttention for what it takes.
   # Exchange between the two: InterFormer's.
   exchange: bool = True  # In every layer; otherwise sequences meet interactions in the head alone.
   personalised: bool = True  # A feed-forward matrix of its own for every example.
@@ -105,7 +105,7 @@ class Gem:
   cross: bool = True  # X_sum attends over every branch.
   target: bool = True  # So does the candidate, as a token like the events'.
   pma: int = 2
-  recent: int = 2
+  recent: int = 2  # Newest events of the branch of stride 1.
   gating: str = "none"  # sigmoid | tanh | identity, InterFormer's gates; none.
   domain: str = ""  # Sparse feature whose every value bends the heads to its own.
   head: tuple[int, ...] = (128,)
@@ -143,5 +143,5 @@ def validate_gem(model: Any, prefix: str) -> None:
   newest = model.recent and model.strides == (1,)  # Branches of other strides pass no events on.
   need(real(model.gain), f"{prefix}.gain", model.gain, "a finite number of at least 0")
   told = model.cross or model.target or model.pma or newest
-  law = "() where cross, target and pma are off: branches would say nothing but newest events"
+  law = "(), or (1,) with recent, where cross, target and pma are off: else a branch says nothing"
   need(not model.strides or told, f"{prefix}.strides", model.strides, law)

@@ -7,7 +7,7 @@ brings them to n_F + n_L units. Then in layer i = 1..l interactions and sequence
 inputs, X_i and S_i, so that they run side by side:
 
   X_0     = [features | means | mean_e a(e, candidate) e],  X_1 = WukongLayer(X_0)
-  X_sum   = Gating(W X_i)
+  X_sum   = W X_i, gated if asked for
   M_i     = LN(C X_i), some units;  M_0 = C X_0
   A       = attention of X_sum over the memories M_0 .. M_i
   S_sum   = [cross(X_sum, S) | cross(candidate, S) | PMA(S) | newest tokens], gated if asked for,
@@ -18,14 +18,14 @@ inputs, X_i and S_i, so that they run side by side:
   ŷ       = MLP([X_0 | c | g * [X_{l+1} | S_sum]])   bent to the example's domain (DomainHeads)
 
 with S_sum once more, of X_{l+1} and S_{l+1}, c the candidate as a token of every history, and gains
-g (a number for each of D places of each unit) born at zero: GEM is born as DIN with means, and its
+g (a number for each of D places of each unit) born at zero: GEM is born much as DIN is, and its
 layers change a prediction only as far as that has paid. (Without `skip` the head reads X_{l+1} and
 S_sum as they are.)
 
 Pyramid: every history is read by branches of several strides side by side. The branch of stride 1
-has all events, which attend inside blocks of 64: O(T). A branch of stride s has the means of s
-neighbours, which attend over all before them: O((T / s)^2). The full sequence lives on from layer
-to layer (GEM's post).
+has all events, which attend inside blocks, 64 unless the config says otherwise: O(T). A branch of
+stride s has the means of s neighbours, which attend over all before them: O((T / s)^2). The full
+sequence lives on from layer to layer (GEM's post).
 
 | choice                                                                        | whose       |
 |-------------------------------------------------------------------------------|-------------|
@@ -33,12 +33,12 @@ to layer (GEM's post).
 | its formula: queries X_sum, keys from compressed outputs of all layers before | ours        |
 | pyramid-parallel sequence modules                                             | GEM         |
 | strides, means, one cell a branch and layer                                   | ours        |
-| blocks of 64, QK-norm, rotary positions, PMA, cross attention                 | GEM         |
+| attention in blocks, QK-norm, rotary positions, PMA, cross attention          | GEM         |
 | X_sum, S_sum, personalised W                                                  | InterFormer |
 | interest as a unit of X_0, the mean over events where DIN has the sum         | DIN, ours   |
 | at the head, gains of what layers say, born at zero (as in ReZero 2003.04887) | ours        |
 | several domains over one trunk                                                | GEM         |
-| heads of all domains, which each bends to its own                             | STAR, ours  |
+| heads of all domains, which each bends to its own; objectives go by task      | STAR, ours  |
 | layers in one scan: compile time independent of l                             | ours        |
 
 Letters: B examples, N units, M summary units, D width, E tokens, L memories, K units of one.
@@ -104,7 +104,7 @@ class BranchLayer(nnx.Module):
     else:
       self.cell = TransformerBlock(attention, dim, causal=True, hidden=2 * dim, **make)
 
-  def __call__(self, tokens: Tokens, sum_BMD: jax.Array, key_B: Key) -> jax.Array:
+  def __call__(self, tokens: Tokens, sum_BMD: jax.Array | None, key_B: Key) -> jax.Array:
     if self.personal is not None:
       normed = tokens._replace(x_ED=self.norm(tokens.x_ED))
       own_ED = self.personal(rearrange(sum_BMD, "b m d -> b (m d)"), normed)
@@ -155,10 +155,13 @@ class GemLayer(nnx.Module):
   ):
     make = {"dtype": dtype, "rngs": rngs}
     units = config.fmb_units + config.lcb_units
-    self.units = UnitSummary(units, config.cls, dim, config.gating, **make)
+    exchange = config.exchange and bool(branches)
+    asked = config.memory_units or (exchange and (config.cross or config.personalised))
+    summed = lambda: UnitSummary(units, config.cls, dim, config.gating, **make)
+    self.units = summed() if asked else None
     self.branches = nnx.List([BranchLayer(config, b, dim, dtype, rngs) for b in branches])
     summary = lambda: BranchSummary(config, branches, dim, dtype, rngs)
-    self.summary = summary() if config.exchange and branches else None
+    self.summary = summary() if exchange else None
     remember = lambda: LayerMemory(units, config.memory_units, dim, **make)
     self.memory = remember() if config.memory_units else None
     inputs = units + (self.summary.outputs if self.summary is not None else 0)
@@ -179,7 +182,7 @@ class GemLayer(nnx.Module):
     """Layer number `index`, from 1 on: as many memories are written before its own."""
     key = lambda part: fold(key_B, part)
     sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
-    x_sum_BMD = self.units(state.x_BDN)
+    x_sum_BMD = None if self.units is None else self.units(state.x_BDN)
     input_BDN, memory_BLKD = [state.x_BDN], state.memory_BLKD
     turned = lambda x_BMD: rearrange(x_BMD, "b m d -> b d m")
     if self.summary is not None:
@@ -286,7 +289,7 @@ class Gem(nnx.Module):
     if self.summary is not None:
       sequences = [b._replace(x_ED=x_ED) for b, x_ED in zip(branches, state.x_ED)]
       x_sum_BMD = None if self.units is None else self.units(state.x_BDN)
-      s_sum_BMD = self.summary(x_sum_BMD, sequences, candidates)
+      s_sum_BMD = run(kept, self.summary, x_sum_BMD, sequences, candidates)
       units_BND = jnp.concatenate([units_BND, s_sum_BMD], 1)
     if self.gain_ND is not None:
       gained_BND = units_BND * self.gain_ND[...].astype(units_BND.dtype)

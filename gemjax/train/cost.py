@@ -29,8 +29,8 @@ def example_cost(config: config_lib.Config, lengths: Mapping[str, np.ndarray]) -
 
       layers (24 d^2 + 4 d v) L + 4 d queries L      over all branches of all histories
 
-  and 8 d interest L of GEM's interest, with 12 d^2 weights in a layer's projections and feed-
-  forward part, and v = min(L, block, window).
+  and 8 d interest L of GEM's interest, with about 12 d^2 weights in a layer's projections, feed-
+  forward part and exchange, and v = min(L, block, window).
   A model without attention reads each event once.
 
   Args:

@@ -9,7 +9,8 @@ batch with as many empty slots as events, which the pipeline never makes.
 
 NE is that of `launch/train.py --config=configs/gem_movielens.py --config.data.history=EVENTS` on
 ML-1M, seed 0, where GEMJAX_DATA is a folder that holds ml-1m; finished runs in GEMJAX_RUNS (default
-runs/history) are not repeated. Where matplotlib is installed, both are drawn there: history.png.
+runs/history) of the same config are not repeated. Where matplotlib is installed, both are drawn
+there: history.png.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from gemjax.train.state import make_trainer
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "gem_movielens.py"
 RUNS = pathlib.Path(os.environ.get("GEMJAX_RUNS", "runs/history"))
-BATCH, USERS, ITEMS = 32, 3_000, 3_000
+BATCH, USERS = 32, 3_000
+COLUMNS = {"item": 3_000, "rating": 7, "genre": 20}  # Of an event, as MovieLens has them.
 LENGTHS = (10, 50, 100, 500, 2000)
 PADDED = 500  # Events an example, where padding is measured.
 REPEATS = 7
@@ -103,27 +105,26 @@ def _step(longest: int, length_B: np.ndarray, *, slots: int = 0):
 
 
 def _features(length: int) -> FeatureSet:
-  item = EventColumn(name="item", size=ITEMS, table="item")
+  columns = [EventColumn(name=n, size=size, table=n) for n, size in COLUMNS.items()]
   return FeatureSet(
     sparse=(
       Sparse(name="user", size=USERS, table="user"),
-      Sparse(name="item", size=ITEMS, table="item"),
+      Sparse(name="item", size=COLUMNS["item"], table="item"),
     ),
-    history=(History(name="rated", columns=(item,), max_length=length),),
+    history=(History(name="rated", columns=tuple(columns), max_length=length),),
   )
 
 
 def _batch(features: FeatureSet, length_B: np.ndarray, slots: int) -> Batch:
   rng = np.random.default_rng(0)
-  ids = lambda *shape: rng.integers(2, ITEMS, shape).astype(np.int32)
-  used = length_B.sum()
-  ids_EC, age_E = np.zeros((slots, 1), np.int32), np.zeros(slots, np.int32)
-  ids_EC[:used] = ids(used, 1)
+  used, sizes = length_B.sum(), list(COLUMNS.values())
+  ids_EC, age_E = np.zeros((slots, len(sizes)), np.int32), np.zeros(slots, np.int32)
+  ids_EC[:used] = rng.integers(2, sizes, (used, len(sizes)))
   ages = [np.sort(rng.integers(1, 10**6, length))[::-1] for length in length_B]
   age_E[:used] = np.concatenate(ages)
   return Batch(
     dense_BF=np.zeros((BATCH, 0), np.float32),
-    ids_BS=ids(BATCH, len(features.sparse)),
+    ids_BS=rng.integers(2, 3_000, (BATCH, len(features.sparse))).astype(np.int32),
     label_BT=(rng.random((BATCH, 1)) < 0.5).astype(np.float32),
     weight_B=np.ones(BATCH, np.float32),
     group_B=np.full(BATCH, -1, np.int32),

@@ -2,7 +2,8 @@
 
 Every row is `launch/train.py --config=configs/gem_movielens.py:NAME` run to its summary, with three
 seeds. GEMJAX_DATA is the folder that holds ml-100k and ml-1m. Finished runs in GEMJAX_RUNS (default
-runs/movielens) are not repeated, so that a suite that was interrupted goes on.
+runs/movielens) of the same config are not repeated, so that a suite that was interrupted goes on;
+other code wants another folder.
 """
 
 from __future__ import annotations

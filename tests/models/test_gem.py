@@ -64,7 +64,7 @@ def said(config, branches, x_sum, w):
 
 def layer(config, branches, x, memories, w):
   """X and the branches' S follow from the layer's inputs."""
-  x_sum = unit_summary(x, w["units"], config.gating)
+  x_sum = unit_summary(x, w["units"], config.gating) if "units" in w else None
   inputs = [x]
   if branches and config.exchange:
     inputs.append(said(config, branches, x_sum, w["summary"]))
@@ -200,6 +200,10 @@ SWITCHES = {  # What is switched, and which parameters go with it.
     {"strides": (), "interest": 0},
     r"events\.|interests\.|units\.|(layers\.)?summary\.|layers\.branches\.",
   ),
+  "exchange and memory": (
+    {"exchange": False, "memory_units": 0},
+    r"layers\.(summary|units|branches\.\d\.(norm|personal))\.|(layers\.)?memory\.",
+  ),
   "domain": ({"domain": ""}, r"heads\.(gain_KI|shift_KI|weights_KH|bias_KT)"),
 }
 
@@ -226,6 +230,7 @@ def test_hstu_cells(quickly_compiled):
 @pytest.mark.parametrize("strides", [(1, 3), (3,)])
 def test_a_branch_that_nothing_leaves_is_refused(strides):
   model = dataclasses.replace(CONFIG, cross=False, target=False, pma=0, strides=strides)
-  with pytest.raises(c.ConfigError, match=r"config\.model\.strides is .*, but must be \(\) where"):
+  law = r"config\.model\.strides is .*, but must be \(\), or \(1,\) with recent, where"
+  with pytest.raises(c.ConfigError, match=law):
     c.Config(name="x", model=model).validate()
   c.Config(name="x", model=dataclasses.replace(model, strides=(1,))).validate()
