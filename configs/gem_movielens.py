@@ -14,13 +14,13 @@ seeds 0, 1, 2; the evaluation with the best NE on valid is tested:
 
   | model                   | ML-100K       | ML-1M         |
   |-------------------------|---------------|---------------|
-  | GEM                     | .8352 / .7643 | .8486 / .7542 |
+  | GEM                     | .8282 / .7686 | .8398 / .7596 |
   | InterFormer             | .8362 / .7620 | .8405 / .7598 |
   | DIN                     | .8439 / .7586 | .8615 / .7477 |
   | Wukong, pooled history  | .8601 / .7456 | .8686 / .7402 |
 
-GEM takes 79 s of steps on ML-100K and 240 s on ML-1M, on one core of an Intel Xeon with AVX-512,
-beside some 25 s of compilation.
+GEM takes 72 s of steps on ML-100K and 275 s on ML-1M, on one core of an Intel Xeon with AVX-512 whose
+other core was busy, beside some 50 s of compilation.
 """
 
 import dataclasses
@@ -76,6 +76,7 @@ MODELS = {
 ABLATIONS = {
   "no_towers": {"strides": ()},
   "no_coarse": {"strides": (1,)},
+  "no_fine": {"strides": (8,)},
   "no_exchange": {"exchange": False},
   "no_personalised": {"personalised": False},
   "no_memory": {"memory_units": 0},
