@@ -86,7 +86,7 @@ def _draw(seconds: list[float], ne: list[float]) -> None:
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  _, (above, below) = pyplot.subplots(2, sharex=True)
+  _, (above, below) = pyplot.subplots(2, sharex=True, layout="constrained")
   above.plot(LENGTHS, ne, "o-")
   above.set(ylabel="test NE, ML-1M, one seed", xscale="log")
   below.plot(LENGTHS, seconds, "o-")
