@@ -19,8 +19,8 @@ seeds 0, 1, 2; the evaluation with the best NE on valid is tested:
   | DIN                     | .8439 / .7586 | .8615 / .7477 |
   | Wukong, pooled history  | .8601 / .7456 | .8686 / .7402 |
 
-GEM takes 72 s of steps on ML-100K and 275 s on ML-1M, on one core of an Intel Xeon with AVX-512 whose
-other core was busy, beside some 50 s of compilation.
+GEM takes 72 s of steps on ML-100K and 275 s on ML-1M, on one core of an Intel Xeon with AVX-512
+whose other core was busy, beside some 50 s of compilation.
 """
 
 import dataclasses
