@@ -1,6 +1,6 @@
 """What sequences and interactions tell each other (InterFormer, arXiv 2411.09852, section 4.3).
 
-  X_sum = Gating(W X), W in R^{n_sum x n}                 units -> sequences
+  X_sum = Gating(W X), W in R^{n_sum x n}, or an MLP       units -> sequences
   S_sum = Gating([first tokens | PMA(S) | newest tokens])  sequences -> units
 
 Letters: B examples, N units, M summary units, D width, E tokens.
@@ -23,16 +23,30 @@ from pallas_kernels import jagged_to_dense
 
 
 class UnitSummary(nnx.Module):
-  """X_sum: (B, D, N) -> (B, M, D)."""
+  """X_sum: (B, D, N) -> (B, M, D), with W linear or, where `hidden` is not 0, an MLP over units of
+  one hidden layer, W_2 relu(W_1 X + b_1) + b_2.
+  """
 
   def __init__(
-    self, units: int, outputs: int, dim: int, gating: str, *, dtype: str, rngs: nnx.Rngs
+    self,
+    units: int,
+    outputs: int,
+    dim: int,
+    gating: str,
+    *,
+    hidden: int = 0,
+    dtype: str,
+    rngs: nnx.Rngs,
   ):
-    self.compress = UnitLinear(units, outputs, dtype=dtype, rngs=rngs)
+    make = {"dtype": dtype, "rngs": rngs, "bias": hidden > 0}
+    self.hidden = UnitLinear(units, hidden, **make) if hidden else None
+    self.compress = UnitLinear(hidden or units, outputs, **make)
     self.gate = Gating(gating, dim, dtype=dtype, rngs=rngs)
 
   @jax.named_scope("unit_summary")
   def __call__(self, x_BDN: jax.Array) -> jax.Array:
+    if self.hidden is not None:
+      x_BDN = jax.nn.relu(self.hidden(x_BDN))
     return self.gate(rearrange(self.compress(x_BDN), "b d m -> b m d"))
 
 

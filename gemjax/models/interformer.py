@@ -2,7 +2,7 @@
 other.
 
   S_1    = [X_sum | S]                    once: X_sum's tokens lead every sequence (CLS)
-  X_sum  = Gating(W X)                    Gating(X) = act(X * MLP(X))
+  X_sum  = Gating(MLP_n(X))               over units; Gating(X) = act(X * MLP(X))
   S_sum  = Gating([S_CLS | PMA(S) | S_recent])
   X'     = Interaction([X | S_sum])       (n, d) -> (n, d)
   S'     = MHA(PFFN(X_sum, S))            PFFN(X_sum, S) = S W(X_sum), each example's own W (d, d)
@@ -13,7 +13,7 @@ X' and S' both read the layer's inputs, so that the two run side by side.
 | choice                                                                    | whose |
 |---------------------------------------------------------------------------|-------|
 | the formulas above; W(X_sum) is linear                                     | paper |
-| W X: linear over units, where the paper has an MLP over them               | ours  |
+| one hidden layer in MLP_n, as wide as X has units, and ReLU                | ours  |
 | MaskNet fuses an event's columns; rotary positions                         | paper |
 | Interaction: a Wukong layer and the MLP in it (also: dots, DCNv2, DHEN)    | paper |
 | several histories: an arch each, their S_sum stand side by side            | ours  |
@@ -65,7 +65,7 @@ class Exchange(nnx.Module):
     self, config: config_lib.InterFormer, units: int, sequences: int, dim: int, dtype: str, rngs
   ):
     make = {"dtype": dtype, "rngs": rngs}
-    self.units = UnitSummary(units, config.cls, dim, config.gating, **make)
+    self.units = UnitSummary(units, config.cls, dim, config.gating, hidden=units, **make)
     parts = {"first": config.cls, "pma": config.pma, "recent": config.recent}
     self.sequences = nnx.List(
       [SequenceSummary(config.attention, dim, **parts, **make) for _ in range(sequences)]

@@ -12,7 +12,8 @@ ACTIVATIONS = {"sigmoid": lambda x: 1 / (1 + np.exp(-x)), "tanh": np.tanh, "iden
 
 
 def over_units(x, w):
-  return w["kernel_NL"].T @ x
+  y = w["kernel_NL"].T @ x
+  return y + w["bias_L"][:, None] if w.get("bias_L") is not None else y
 
 
 def gating(x, w, kind):
@@ -20,6 +21,8 @@ def gating(x, w, kind):
 
 
 def unit_summary(x, w, kind):
+  if w.get("hidden"):
+    x = np.maximum(over_units(x, w["hidden"]), 0)
   return gating(over_units(x, w["compress"]), w.get("gate"), kind)
 
 
