@@ -81,6 +81,7 @@ ABLATIONS = {
   "no_personalised": {"personalised": False},
   "no_memory": {"memory_units": 0},
   "no_cross": {"cross": False},
+  "no_sum_mlp": {"sum_mlp": False},
   "no_target": {"target": False},
   "no_interest": {"interest": 0},
   "no_pma": {"pma": 0},

@@ -1,6 +1,6 @@
 """What sequences and interactions tell each other (InterFormer, arXiv 2411.09852, section 4.3).
 
-  X_sum = Gating(W X), W in R^{n_sum x n}, or an MLP       units -> sequences
+  X_sum = Gating(MLP_n(X)), over units                    units -> sequences
   S_sum = Gating([first tokens | PMA(S) | newest tokens])  sequences -> units
 
 Letters: B examples, N units, M summary units, D width, E tokens.
@@ -23,8 +23,9 @@ from pallas_kernels import jagged_to_dense
 
 
 class UnitSummary(nnx.Module):
-  """X_sum: (B, D, N) -> (B, M, D), with W linear or, where `hidden` is not 0, an MLP over units of
-  one hidden layer, W_2 relu(W_1 X + b_1) + b_2.
+  """X_sum: (B, D, N) -> (B, M, D), gated W X or, with `mlp`, gated W_2 relu(W_1 X + b_1) + b_2.
+
+  W_1 is (N, N): the paper says neither widths nor how many layers.
   """
 
   def __init__(
@@ -32,15 +33,15 @@ class UnitSummary(nnx.Module):
     units: int,
     outputs: int,
     dim: int,
-    gating: str,
     *,
-    hidden: int = 0,
+    gating: str,
+    mlp: bool,
     dtype: str,
     rngs: nnx.Rngs,
   ):
-    make = {"dtype": dtype, "rngs": rngs, "bias": hidden > 0}
-    self.hidden = UnitLinear(units, hidden, **make) if hidden else None
-    self.compress = UnitLinear(hidden or units, outputs, **make)
+    make = {"dtype": dtype, "rngs": rngs, "bias": mlp}
+    self.hidden = UnitLinear(units, units, **make) if mlp else None
+    self.compress = UnitLinear(units, outputs, **make)
     self.gate = Gating(gating, dim, dtype=dtype, rngs=rngs)
 
   @jax.named_scope("unit_summary")

@@ -7,7 +7,7 @@ brings them to n_F + n_L units. Then in layer i = 1..l interactions and sequence
 inputs, X_i and S_i, so that they run side by side:
 
   X_0     = [features | means | mean_e a(e, candidate) e],  X_1 = WukongLayer(X_0)
-  X_sum   = W X_i, gated if asked for
+  X_sum   = MLP_n(X_i), over units, gated if asked for
   M_i     = LN(C X_i), some units;  M_0 = C X_0
   A       = attention of X_sum over the memories M_0 .. M_i
   S_sum   = [cross(X_sum, S) | cross(candidate, S) | PMA(S) | newest tokens], gated if asked for,
@@ -89,6 +89,10 @@ class State(NamedTuple):
   memory_BLKD: jax.Array
 
 
+def _summary(config: config_lib.Gem, units: int, dim: int, **make) -> UnitSummary:
+  return UnitSummary(units, config.cls, dim, gating=config.gating, mlp=config.sum_mlp, **make)
+
+
 class BranchLayer(nnx.Module):
   """One layer of one branch: S -> cell(S + LN(S) W(X_sum))."""
 
@@ -157,8 +161,7 @@ class GemLayer(nnx.Module):
     units = config.fmb_units + config.lcb_units
     exchange = config.exchange and bool(branches)
     asked = config.memory_units or (exchange and (config.cross or config.personalised))
-    summed = lambda: UnitSummary(units, config.cls, dim, config.gating, **make)
-    self.units = summed() if asked else None
+    self.units = _summary(config, units, dim, **make) if asked else None
     self.branches = nnx.List([BranchLayer(config, b, dim, dtype, rngs) for b in branches])
     summary = lambda: BranchSummary(config, branches, dim, dtype, rngs)
     self.summary = summary() if exchange else None
@@ -238,8 +241,7 @@ class Gem(nnx.Module):
       )
     )
     self.layers = stack(rngs)
-    asking = bool(self.branches) and config.cross
-    self.units = UnitSummary(outputs, config.cls, dim, config.gating, **make) if asking else None
+    self.units = _summary(config, outputs, dim, **make) if self.branches and config.cross else None
     summary = lambda: BranchSummary(config, self.branches, dim, dtype, rngs)
     self.summary = summary() if self.branches else None
     deep = outputs + (self.summary.outputs if self.summary is not None else 0)

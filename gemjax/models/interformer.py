@@ -65,7 +65,7 @@ class Exchange(nnx.Module):
     self, config: config_lib.InterFormer, units: int, sequences: int, dim: int, dtype: str, rngs
   ):
     make = {"dtype": dtype, "rngs": rngs}
-    self.units = UnitSummary(units, config.cls, dim, config.gating, hidden=units, **make)
+    self.units = UnitSummary(units, config.cls, dim, gating=config.gating, mlp=True, **make)
     parts = {"first": config.cls, "pma": config.pma, "recent": config.recent}
     self.sequences = nnx.List(
       [SequenceSummary(config.attention, dim, **parts, **make) for _ in range(sequences)]

@@ -179,6 +179,7 @@ SWITCHES = {  # What is switched, and which parameters go with it.
   "exchange": ({"exchange": False}, r"layers\.(summary|branches\.\d\.(norm|personal))\."),
   "personalised": ({"personalised": False}, r"layers\.branches\.\d\.(norm|personal)\."),
   "cross": ({"cross": False}, r"units\."),
+  "sum_mlp": ({"sum_mlp": False}, r"(layers\.)?units\.(hidden\.|compress\.bias_L)"),
   "target": ({"target": False}, "none"),
   "gating": ({"gating": "none"}, r"(layers\.)?(units|summary)\.gate\."),
   "skip": ({"skip": False}, "gain_ND"),
