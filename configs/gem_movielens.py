@@ -92,6 +92,7 @@ ABLATIONS = {
   "hstu_cell": {"cell": "hstu"},
   "width_2": {"width": 2},
   "layers_2": {"layers": 2},
+  "no_block": {"fine": dataclasses.replace(FINE, block=0)},  # Another beyond 256 events.
   "no_qk_norm": {
     "fine": dataclasses.replace(FINE, qk_norm=False),
     "coarse": dataclasses.replace(COARSE, qk_norm=False),
