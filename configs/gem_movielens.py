@@ -76,7 +76,7 @@ MODELS = {
 ABLATIONS = {
   "no_towers": {"strides": ()},
   "no_coarse": {"strides": (1,)},
-  "no_fine": {"strides": (8,)},
+  "no_fine": {"strides": (8,), "recent": 0},
   "no_exchange": {"exchange": False},
   "no_personalised": {"personalised": False},
   "no_memory": {"memory_units": 0},

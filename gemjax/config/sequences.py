@@ -141,8 +141,14 @@ def validate_gem(model: Any, prefix: str) -> None:
     need(getattr(model, name) % model.width == 0, f"{prefix}.{name}", getattr(model, name), law)
   need(model.memory_units <= outputs, f"{prefix}.memory_units", model.memory_units,
        f"at most the {outputs} units of a layer")  # fmt: skip
-  newest = model.recent and model.strides == (1,)  # Branches of other strides pass no events on.
+  newest = model.recent and model.strides == (1,)
   need(real(model.gain), f"{prefix}.gain", model.gain, "a finite number of at least 0")
   told = model.cross or model.target or model.pma or newest
   law = "(), or (1,) with recent, where cross, target and pma are off: else a branch says nothing"
   need(not model.strides or told, f"{prefix}.strides", model.strides, law)
+  events = not model.strides or 1 in model.strides
+  law = "0 where no branch has stride 1: others have no events to pass on"
+  need(events or not model.recent, f"{prefix}.recent", model.recent, law)
+  need(
+    model.skip or not model.gain, f"{prefix}.gain", model.gain, "0 without skip: nothing reads it"
+  )

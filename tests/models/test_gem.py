@@ -235,3 +235,12 @@ def test_a_branch_that_nothing_leaves_is_refused(strides):
   with pytest.raises(c.ConfigError, match=law):
     c.Config(name="x", model=model).validate()
   c.Config(name="x", model=dataclasses.replace(model, strides=(1,))).validate()
+
+
+@pytest.mark.parametrize(
+  ("field", "changes"), [("recent", {"strides": (3,)}), ("gain", {"skip": False, "gain": 1.0})]
+)
+def test_a_number_that_nothing_reads_is_refused(field, changes):
+  c.Config(name="x", model=CONFIG).validate()
+  with pytest.raises(c.ConfigError, match=rf"config\.model\.{field} is .*, but must be 0 "):
+    c.Config(name="x", model=dataclasses.replace(CONFIG, **changes)).validate()
