@@ -81,7 +81,8 @@ ABLATIONS = {
   "no_personalised": {"personalised": False},
   "no_memory": {"memory_units": 0},
   "no_cross": {"cross": False},
-  "no_sum_mlp": {"sum_mlp": False},
+  "sum_mlp": {"sum_mlp": True},  # The better one by valid on ML-1M, not on ML-100K.
+  "gating": {"gating": "sigmoid"},
   "no_target": {"target": False},
   "no_interest": {"interest": 0},
   "no_pma": {"pma": 0},

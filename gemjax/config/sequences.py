@@ -102,7 +102,7 @@ class Gem:
   exchange: bool = True  # In every layer; otherwise sequences meet interactions in the head alone.
   personalised: bool = True  # A feed-forward matrix of its own for every example.
   cls: int = 4  # n_sum, units of X_sum.
-  sum_mlp: bool = True  # X_sum is an MLP over units, not a linear map.
+  sum_mlp: bool = False  # X_sum is an MLP over units as InterFormer's, not a linear map.
   cross: bool = True  # X_sum attends over every branch.
   target: bool = True  # So does the candidate, as a token like the events'.
   pma: int = 2

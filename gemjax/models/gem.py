@@ -7,7 +7,7 @@ brings them to n_F + n_L units. Then in layer i = 1..l interactions and sequence
 inputs, X_i and S_i, so that they run side by side:
 
   X_0     = [features | means | mean_e a(e, candidate) e],  X_1 = WukongLayer(X_0)
-  X_sum   = MLP_n(X_i), over units, gated if asked for
+  X_sum   = W X_i, or an MLP over units, gated if asked for
   M_i     = LN(C X_i), some units;  M_0 = C X_0
   A       = attention of X_sum over the memories M_0 .. M_i
   S_sum   = [cross(X_sum, S) | cross(candidate, S) | PMA(S) | newest tokens], gated if asked for,

@@ -35,7 +35,7 @@ CONFIG = c.Gem(
   layers=3, fmb_units=4, lcb_units=4, rank=3, mlp=(7,), width=2, memory_units=2, strides=(1, 3),
   fine=c.Attention(heads=2, block=4, rope=50.0, qk_norm=True),
   coarse=c.Attention(heads=1, rope=20.0, qk_norm=True, time_buckets=33),
-  cls=2, cross=True, interest=5, pma=1, recent=3, gating="tanh", domain="surface", head=(6,),
+  cls=2, sum_mlp=True, cross=True, interest=5, pma=1, recent=3, gating="tanh", domain="surface", head=(6,),
 )  # fmt: skip
 
 
