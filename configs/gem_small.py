@@ -1,4 +1,4 @@
-"""GEM for one host: half the width and depth of gem_base and shorter histories, for planning.
+"""GEM for one host: half the depth of gem_base, narrower, and shorter histories, for planning.
 
 python launch/plan.py --config=configs/gem_small.py --topology=h100:1x8
 """

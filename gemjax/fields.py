@@ -38,7 +38,10 @@ _PLAIN = {
   int: ("a whole number", _whole),
   float: ("a number", _number),
   str: ("text", lambda v: isinstance(v, str)),
-  tuple[int, ...]: ("a tuple of widths", lambda v: isinstance(v, tuple) and all(map(_whole, v))),
+  tuple[int, ...]: (
+    "a tuple of whole numbers",
+    lambda v: isinstance(v, tuple) and all(map(_whole, v)),
+  ),
   dict[str, str]: ("a dict from names to text", lambda v: _named(v, lambda x: isinstance(x, str))),
   dict[str, int]: ("a dict from names to whole numbers", lambda v: _named(v, _whole)),
   dict[str, float]: ("a dict from names to numbers", lambda v: _named(v, _number)),

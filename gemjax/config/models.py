@@ -94,6 +94,10 @@ def validate_model(model: Any, dim: int, prefix: str = "model") -> None:
       # Blocks count from the oldest event: a candidate behind the newest may see none of them.
       alone = value.block and isinstance(model, Sasrec | Hstu)
       need(not alone, f"{name}.block", value.block, "0 where the candidate is the newest token")
+      if isinstance(model, InterFormer):  # Its CLS tokens would hear the oldest events alone.
+        for part in ("block", "window"):
+          near = getattr(value, part)
+          need(not near, f"{name}.{part}", near, "0 where CLS tokens lead every sequence")
     elif field.name in ("mlp", "head") or (isinstance(value, tuple) and field.name == "hidden"):
       widths(value, name)
       empty = isinstance(model, Dcnv2) and not value

@@ -74,7 +74,9 @@ class InterFormer:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Gem:
-  """GEM; see gemjax/models/gem.py. Every part can be switched off."""
+  """GEM; see gemjax/models/gem.py. Every part can be switched off; what describes it is then not
+  read: without strides nothing of the towers is, without a stride of 1 nothing of `fine`.
+  """
 
   layers: int = 2
   # Interaction tower: Wukong's layers.
@@ -137,7 +139,7 @@ def validate_gem(model: Any, prefix: str) -> None:
   )  # fmt: skip
   outputs = model.fmb_units + model.lcb_units
   for name in ("fmb_units", "lcb_units"):
-    law = f"divisible by {prefix}.width, {model.width}"
+    law = f"divisible by config.{prefix}.width, {model.width}"
     need(getattr(model, name) % model.width == 0, f"{prefix}.{name}", getattr(model, name), law)
   need(model.memory_units <= outputs, f"{prefix}.memory_units", model.memory_units,
        f"at most the {outputs} units of a layer")  # fmt: skip
@@ -147,7 +149,7 @@ def validate_gem(model: Any, prefix: str) -> None:
   law = "(), or (1,) with recent, where cross, target and pma are off: else a branch says nothing"
   need(not model.strides or told, f"{prefix}.strides", model.strides, law)
   events = not model.strides or 1 in model.strides
-  law = "0 where no branch has stride 1: others have no events to pass on"
+  law = f"0 where config.{prefix}.strides, {model.strides}, has no 1: others have no events to pass"
   need(events or not model.recent, f"{prefix}.recent", model.recent, law)
   need(
     model.skip or not model.gain, f"{prefix}.gain", model.gain, "0 without skip: nothing reads it"

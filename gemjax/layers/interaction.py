@@ -24,7 +24,8 @@ GROUPS = 16  # Of examples, in which gradients of a map over units are summed.
 
 
 class UnitLinear(nnx.Module):
-  """Linear Compress Block and linear residual: X -> W X, W in R^{L x N}; (B, D, N) -> (B, D, L).
+  """X -> W X, W in R^{L x N}: Linear Compress Block, linear residual, summaries of units; (B, D, N)
+  -> (B, D, L).
 
   With a bias every output unit has one number more, the same in all of its D places; born at 0.
   """

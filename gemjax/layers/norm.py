@@ -81,11 +81,19 @@ def _backward(axis, dtype, eps, kept, gradient):
   x, mean, inverse, scale = kept
   normal = (x.astype(jnp.float32) - mean) * inverse
   gradient = gradient.astype(jnp.float32)
-  product = written_once(gradient * normal)
-  of_mean = written_once(_scaled_mean(axis, gradient, scale))
-  of_scale = written_once(_scaled_mean(axis, product, scale))
-  others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
   g = gradient * _along(axis, scale, x)
+  product = written_once(gradient * normal)
+
+  def reduced():
+    return g.mean(axis, keepdims=True), (g * normal).mean(axis, keepdims=True)
+
+  def multiplied():  # XLA for CPUs would write g out before it sums.
+    return _scaled_mean(axis, gradient, scale), _scaled_mean(axis, product, scale)
+
+  last = axis % x.ndim == x.ndim - 1
+  means = reduced() if last else jax.lax.platform_dependent(cpu=multiplied, default=reduced)
+  of_mean, of_scale = map(written_once, means)
+  others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
   of_x = ((g - of_mean - normal * of_scale) * inverse).astype(x.dtype)
   return of_x, product.sum(others), gradient.sum(others)
 
@@ -94,20 +102,11 @@ _normalise.defvjp(_forward, _backward)
 
 
 def _scaled_mean(axis: int, x: jax.Array, scale: jax.Array) -> jax.Array:
-  """The mean of x * scale along `axis`, kept as an axis of size 1."""
-
-  def reduced(x, scale):
-    return (x * _along(axis, scale, x)).mean(axis, keepdims=True)
-
-  def multiplied(x, scale):  # XLA for CPUs would write x * scale out before it sums.
-    lead = tuple(range(axis))
-    scale = jnp.broadcast_to(scale / x.shape[axis], (*x.shape[:axis], x.shape[axis]))
-    of_lead = jax.lax.dot_general(scale, x, (((axis,), (axis,)), (lead, lead)))
-    return jnp.expand_dims(of_lead, axis)
-
-  if axis % x.ndim == x.ndim - 1:
-    return reduced(x, scale)
-  return jax.lax.platform_dependent(x, scale, cpu=multiplied, default=reduced)
+  """The mean of x * scale along `axis`, kept as an axis of size 1, as a product."""
+  axis %= x.ndim
+  lead = tuple(range(axis))
+  scale = jnp.broadcast_to(scale / x.shape[axis], x.shape[: axis + 1])
+  return jnp.expand_dims(jax.lax.dot_general(scale, x, (((axis,), (axis,)), (lead, lead))), axis)
 
 
 def written_once(x: jax.Array) -> jax.Array:

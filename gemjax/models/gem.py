@@ -34,7 +34,7 @@ sequence lives on from layer to layer (GEM's post).
 | pyramid-parallel sequence modules                                             | GEM         |
 | strides, means, one cell a branch and layer                                   | ours        |
 | attention in blocks, QK-norm, rotary positions, PMA, cross attention          | GEM         |
-| X_sum, S_sum, personalised W                                                  | InterFormer |
+| X_sum, S_sum, personalised W (queries of S_sum, LN before W, causal: ours)    | InterFormer |
 | interest as a unit of X_0, the mean over events where DIN has the sum         | DIN, ours   |
 | at the head, gains of what layers say, born at zero (as in ReZero 2003.04887) | ours        |
 | several domains over one trunk                                                | GEM         |

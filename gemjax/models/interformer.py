@@ -14,7 +14,8 @@ X' and S' both read the layer's inputs, so that the two run side by side.
 |---------------------------------------------------------------------------|-------|
 | the formulas above; W(X_sum) is linear                                     | paper |
 | one hidden layer in MLP_n, as wide as X has units, and ReLU                | ours  |
-| MaskNet fuses an event's columns; rotary positions                         | paper |
+| MaskNet, which fuses an event's columns here; rotary positions             | paper |
+| ReLU in every MLP, where the paper's settings have Swish                   | ours  |
 | Interaction: a Wukong layer and the MLP in it (also: dots, DCNv2, DHEN)    | paper |
 | several histories: an arch each, their S_sum stand side by side            | ours  |
 | S' = LN(S + MHA(..)): residual and norm, which the formula does not write  | ours  |
@@ -92,6 +93,10 @@ class InterFormer(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
   ):
+    if units < 2:
+      raise config_lib.ConfigError(
+        f"config.model is InterFormer, whose interactions need two units at least, not {units}"
+      )
     count = len(histories)
     self.names = tuple(h.name for h in histories)
     self.events = nnx.List([EventInput(h, dim, dtype=dtype, rngs=rngs) for h in histories])

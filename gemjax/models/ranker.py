@@ -39,6 +39,28 @@ LINEAR = (config_lib.Logistic, config_lib.Fm)
 SEQUENTIAL = (Din, SequenceRanker, InterFormer, Gem)
 
 
+def _check(model: config_lib.Model, histories: tuple[HistorySpec, ...]) -> None:
+  """Raises ConfigError where a model would be blind to what it is for."""
+  name = type(model).__name__
+  reads, asks = isinstance(model, config_lib.InterFormer), False
+  if isinstance(model, config_lib.Din | config_lib.Sasrec | config_lib.Hstu):
+    reads = asks = True
+  elif isinstance(model, config_lib.Gem):
+    reads = model.strides or model.interest
+    asks = model.interest or (model.strides and model.target)
+  if reads and not histories:
+    raise config_lib.ConfigError(
+      f"config.model is {name}, which reads histories, but the data have none; take Wukong, or "
+      "prepare data with histories"
+    )
+  for history in histories if asks else ():
+    if max(history.candidate) < 0:
+      raise config_lib.ConfigError(
+        f"config.model is {name}, which asks what the history {history.name!r} says of an example, "
+        "but none of its columns shares a table with a feature; name one in the schema: table = .."
+      )
+
+
 class Ranker(nnx.Module):
   """(units_BND, small_BSW, dense_BF, histories, domain_B) -> logits_BT; with a key an example it
   drops out.
@@ -68,11 +90,7 @@ class Ranker(nnx.Module):
     rngs: nnx.Rngs,
   ):
     emb, dtype, kind = config.embedding, config.train.dtype, MODELS[type(config.model)]
-    if kind in SEQUENTIAL and not isinstance(config.model, config_lib.Gem) and not histories:
-      raise config_lib.ConfigError(
-        f"config.model is {type(config.model).__name__}, which reads histories, but the data have "
-        "none; take Wukong, or prepare data with histories"
-      )
+    _check(config.model, histories)
     self.pooled = kind not in SEQUENTIAL or getattr(config.model, "pooled", False)
     more = sum(h.units for h in histories) if self.pooled else 0
     lead = emb.dense_units if dense else 0  # UnitInput puts dense units in front.

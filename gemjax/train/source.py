@@ -23,6 +23,10 @@ def open_data(
       not there but should not be made.
   """
   path, wanted = config.data.path, {"dataset": DEMO, "examples": config.data.demo_examples}
+  if path.startswith("none:"):
+    raise config_lib.ConfigError(
+      f"config.data.path is {path!r}: the config is for launch/plan.py; name data to train on"
+    )
   if path != DEMO:
     if (pathlib.Path(path) / MANIFEST).exists():
       return open_prepared(path)

@@ -108,6 +108,12 @@ def make_trainer(
       raise config_lib.ConfigError(
         f"config.train.task_weights names {task!r}, but the tasks are {list(features.tasks)}"
       )
+  kept = max((h.max_length for h in features.history), default=config.data.history)
+  if config.data.history > kept:
+    raise config_lib.ConfigError(
+      f"config.data.history is {config.data.history}, but the data keep {kept} events at most; "
+      "lower it, or prepare them with a greater max_length"
+    )
   if config.train.stop_metric == "gauc" and not features.grouped:
     raise config_lib.ConfigError(
       "config.train.stop_metric is 'gauc', but the data names no user; choose auc, ne or log_loss"

@@ -24,8 +24,6 @@ CONFIG = ROOT / "configs" / "gem_movielens.py"
 SETS = {"ml-1m": ("--config.data.history=200",), "ml-100k": ()}
 SEEDS = (0, 1, 2)
 ABLATED = "ml-100k"  # The one set on which every part of GEM is taken away.
-# What GEM is compared with.
-MODELS = ("gem", "wukong", "mlp", "din", "sasrec", "hstu", "interformer", "light")
 FIGURES = {
   "auc": lambda s: s["test"]["auc"],
   "gauc": lambda s: s["test"]["gauc"],
@@ -44,7 +42,7 @@ def run() -> dict[str, Any]:
   figures: dict[str, Any] = {name: {} for name in SETS}
   for name, flags in SETS.items():
     prepared = prepared_data(name, data / name, runs / f"{name}-data")
-    rows = MODELS + (ablations() if name == ABLATED else ())
+    rows = models() + (ablations() if name == ABLATED else ())
     for row in rows:
       folder = runs / name / f"{row}-{digest(row, *flags)}"
       summaries = [trained(row, seed, prepared, folder / str(seed), *flags) for seed in SEEDS]
@@ -52,6 +50,11 @@ def run() -> dict[str, Any]:
   for name, rows in figures.items():
     print(f"\n{name}\n" + "\n".join(table(rows)), flush=True)
   return figures
+
+
+def models() -> tuple[str, ...]:
+  """Names of GEM, a light one and what they are compared with."""
+  return (*runpy.run_path(str(CONFIG))["MODELS"], "light")
 
 
 def ablations() -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Training refuses bad input: one sentence that names file or field and mend, nothing half made."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from gemjax.train.loop import train
 from gemjax.train.workdir import SUMMARY, saved_steps
 
 GOOD = f"--config={tiny.FILE}"
+GEM = f"--config={pathlib.Path(__file__).parents[2] / 'configs' / 'gem_movielens.py'}"
 CONFIGS = {
   "syntax.py": "def get_config(:",
   "empty.py": "",
@@ -31,13 +33,14 @@ FLAGS = [
   (["--config=wrong.py", "--workdir=W"], ["wrong.py", "must return a gemjax Config", "a dict"]),
   (["--config=typed.py", "--workdir=W"], ["config.train is 3", "of class Train"]),
   ([f"{GOOD}:gpt", "--workdir=W"], ["tiny.py:gpt", "KeyError: 'gpt'"]),
+  ([f"{GEM}:no_gem", "--workdir=W"], ["gem_movielens.py:no_gem): variant 'no_gem' is none of"]),
   ([GOOD], ["--workdir is missing"]),
   ([GOOD, "--workdir="], ["--workdir is missing"]),
   ([GOOD, "--workdir=W", "--config.train.sed=1"], ["Field sed", "Train", "gemjax/config/"]),
   ([GOOD, "--workdir=W", "--config.trian.seed=1"], ["trian.seed", "Config"]),
   ([GOOD, "--workdir=W", "--config.train.seed=one"], ["--config.train.seed=one", "'one'"]),
   ([GOOD, "--workdir=W", "--config.data.batch_size=0.5"], ["--config.data.batch_size=0.5"]),
-  ([GOOD, "--workdir=W", "--config.model.head=(8,'x')"], ["model.head is (8, 'x')", "widths"]),
+  ([GOOD, "--workdir=W", "--config.model.head=(8,'x')"], ["head is (8, 'x')", "whole numbers"]),
   (["--config.train.seed=1", GOOD, "--workdir=W"], ["--config.train.seed=1", "before"]),
   ([GOOD, "--workdir=W", "--verbos"], ["Unknown command line flag 'verbos'", "--help"]),
   ([GOOD, "--workdir=W", "config.train.seed=1"], ["must be flags", "write --name=value"]),
@@ -52,6 +55,7 @@ def test_flags(flags, words, tmp_path):
   _, error = process.communicate(timeout=300)
   assert process.returncode in (1, 2)
   assert error.startswith("error: ") and error.count("\n") == 1, error
+  assert "Traceback" not in error
   for word in words:
     assert word in error
   assert sorted(f.name for f in tmp_path.iterdir() if f.suffix != "") == sorted(CONFIGS)

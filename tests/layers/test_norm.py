@@ -19,7 +19,7 @@ def ours(axis, dtype="float32"):
   return layer
 
 
-@pytest.mark.parametrize("axis", [-1, 1, 0])
+@pytest.mark.parametrize("axis", [-1, -2, 1, 0])
 def test_value_and_gradients_are_those_of_flax(axis):
   layer = ours(axis)
   theirs = nnx.LayerNorm(
@@ -46,6 +46,22 @@ def test_moments_are_float32_where_the_layer_computes_in_bfloat16():
   found = layer(jnp.asarray(X, jnp.bfloat16))
   assert found.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.float64(found), expected, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_gradients_of_bfloat16_are_float32_but_for_their_rounding(axis):
+  weight = np.random.default_rng(2).normal(size=X.shape)
+
+  def gradients(dtype):
+    graph, params = nnx.split(ours(axis, dtype), nnx.Param)
+    loss = lambda params, x: (nnx.merge(graph, params)(x).astype(jnp.float32) * weight).sum()
+    x = jnp.asarray(X, jnp.bfloat16).astype(dtype)
+    return jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(params, x))
+
+  for narrow, wide in zip(gradients("bfloat16"), gradients("float32"), strict=True):
+    assert narrow.dtype in (jnp.bfloat16, jnp.float32)
+    error = np.abs(np.float64(narrow) - np.float64(wide)).max()
+    assert error <= 2**-7 * np.abs(np.float64(wide)).max()
 
 
 def test_a_constant_is_mapped_to_the_bias():

@@ -20,10 +20,13 @@ def gating(x, w, kind):
   return x if kind == "none" else ACTIVATIONS[kind](x * mlp(x, w["mlp"]))
 
 
-def unit_summary(x, w, kind):
-  if w.get("hidden"):
+def unit_summary(x, w, kind, *, cls, mlp):
+  """(cls, D)."""
+  if mlp:
     x = np.maximum(over_units(x, w["hidden"]), 0)
-  return gating(over_units(x, w["compress"]), w.get("gate"), kind)
+  y = over_units(x, w["compress"])
+  assert len(y) == cls
+  return gating(y, w.get("gate"), kind)
 
 
 def age_bucket(age):
@@ -58,11 +61,12 @@ def personalised(s, x_sum, w):
   return s @ np.einsum("k,kij->ij", x_sum.reshape(-1), w["kernel"].reshape(-1, dim, dim))
 
 
-def sequence_summary(s, age, w, attention, *, first=0, queries=None, recent=0):
+def sequence_summary(s, age, w, attention, *, first=0, queries=None, pma=0, recent=0):
   """Leading tokens, the caller's queries and learnt ones over all tokens, the newest events."""
   parts = [s[:first]]
   asked = [] if queries is None else [queries]
-  if w.get("pool") and w["pool"].get("seeds_MD") is not None:
+  if pma:
+    assert len(w["pool"]["seeds_MD"]) == pma
     asked.append(w["pool"]["seeds_MD"])
   if asked:
     parts.append(cross_attention(np.concatenate(asked), s, age, w["pool"]["attention"], attention))

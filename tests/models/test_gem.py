@@ -35,7 +35,8 @@ CONFIG = c.Gem(
   layers=3, fmb_units=4, lcb_units=4, rank=3, mlp=(7,), width=2, memory_units=2, strides=(1, 3),
   fine=c.Attention(heads=2, block=4, rope=50.0, qk_norm=True),
   coarse=c.Attention(heads=1, rope=20.0, qk_norm=True, time_buckets=33),
-  cls=2, sum_mlp=True, cross=True, interest=5, pma=1, recent=3, gating="tanh", domain="surface", head=(6,),
+  cls=2, sum_mlp=True, cross=True, interest=5, pma=1, recent=3, gating="tanh", domain="surface",
+  head=(6,),
 )  # fmt: skip
 
 
@@ -48,6 +49,11 @@ class Branch:
     self.attention = config.fine if stride == 1 else config.coarse
 
 
+def summed(config, x, w):
+  """X_sum."""
+  return unit_summary(x, w, config.gating, cls=config.cls, mlp=config.sum_mlp)
+
+
 def said(config, branches, x_sum, w):
   """S_sum: what leaves the branches."""
   parts = []
@@ -55,16 +61,16 @@ def said(config, branches, x_sum, w):
     of = w.get("sequences", {}).get(b, {})  # Nothing is learnt where only newest events leave.
     asked = [x_sum] * config.cross + [branch.candidate] * config.target
     queries = np.concatenate(asked) if asked else None
-    recent = config.recent if branch.stride == 1 else 0
+    counts = {"pma": config.pma, "recent": config.recent if branch.stride == 1 else 0}
     parts.append(
-      sequence_summary(branch.s, branch.age, of, config.coarse, queries=queries, recent=recent)
+      sequence_summary(branch.s, branch.age, of, config.coarse, queries=queries, **counts)
     )
   return gating(np.concatenate(parts), w.get("gate"), config.gating)
 
 
 def layer(config, branches, x, memories, w):
   """X and the branches' S follow from the layer's inputs."""
-  x_sum = unit_summary(x, w["units"], config.gating) if "units" in w else None
+  x_sum = summed(config, x, w["units"]) if "units" in w else None
   inputs = [x]
   if branches and config.exchange:
     inputs.append(said(config, branches, x_sum, w["summary"]))
@@ -93,10 +99,12 @@ def oracle(config, w, x, histories, domain_B=None):
     candidate = candidate_token(x, SPECS[i].candidate, w["events"][i])
     candidates.append(candidate)
     if config.interest:
+      assert len(w["interests"][i]["weigh"]["layers"][0]["bias"]) == config.interest
       interests.append(interest(s, candidate[0], w["interests"][i], mean=True)[None])
     branches += [Branch(config, SPECS[i], stride, s, age, candidate) for stride in config.strides]
   x = np.concatenate([x, *interests])
   memories = [over_units(x, w["memory"])] if config.memory_units else []
+  assert all(len(m) == config.memory_units for m in memories)
   skipped = [x, *candidates] if config.skip else []
   x = wukong_layer(x, w["first"], config.fmb_units)
   for i in range(config.layers):
@@ -104,7 +112,7 @@ def oracle(config, w, x, histories, domain_B=None):
     x = layer(config, branches, x, memories, of)
   told = [x]
   if branches:
-    x_sum = unit_summary(x, w["units"], config.gating) if config.cross else None
+    x_sum = summed(config, x, w["units"]) if config.cross else None
     told.append(said(config, branches, x_sum, w["summary"]))
   told = np.concatenate(told)
   told = told * w["gain_ND"] if config.skip else told

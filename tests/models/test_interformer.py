@@ -1,5 +1,7 @@
 """InterFormer against the equations of its paper."""
 
+import functools
+
 import numpy as np
 from history_case import Case, N, maker
 from numpy_layers import (
@@ -23,7 +25,8 @@ CONFIG = c.InterFormer(
 
 
 def oracle(config, w, x, histories):
-  lead = unit_summary(x, w["exchanges"][0]["units"], config.gating)
+  summed = functools.partial(unit_summary, kind=config.gating, cls=config.cls, mlp=True)
+  lead = summed(x, w["exchanges"][0]["units"])
   sequences, ages = [], []
   for i, (units, age) in enumerate(histories):
     sequences.append(np.concatenate([lead, event_tokens(units, age, w["events"][i])]))
@@ -33,9 +36,9 @@ def oracle(config, w, x, histories):
     parts = []
     for i, (s, age) in enumerate(zip(sequences, ages)):
       of = w.get("sequences", {}).get(i, {})
-      counts = {"first": config.cls, "recent": config.recent}
+      counts = {"first": config.cls, "pma": config.pma, "recent": config.recent}
       parts.append(sequence_summary(s, age, of, config.attention, **counts))
-    x_sum = unit_summary(x, w["units"], config.gating)
+    x_sum = summed(x, w["units"])
     return x_sum, gating(np.concatenate(parts), w["gate"], config.gating)
 
   for layer in range(config.layers):
@@ -60,7 +63,7 @@ def test_equations():
 
 def test_two_histories_without_the_parts_that_may_be_left_out():
   """Neither queries nor newest events leave the sequences; only the CLS tokens do."""
-  attention = c.Attention(heads=1, block=4, qk_norm=True)
+  attention = c.Attention(heads=1, qk_norm=True)
   config = c.InterFormer(
     layers=1, cls=1, pma=0, recent=0, gating="identity", rank=2, mlp=(), head=(),
     attention=attention,
