@@ -114,7 +114,7 @@ def _sentence(error: Exception) -> str:
   lines = [line.strip() for line in str(error).splitlines()]
   if any(line.endswith("Traceback (most recent call last):") for line in lines):
     # How config_flags tells what a config file raised: where, and in the last line what.
-    where = [line for line in lines if line.startswith("File ")][-1]
+    where = next((line for line in reversed(lines) if line.startswith("File ")), "a config file")
     kind, _, told = [line for line in lines if line][-1].partition(": ")
     return told if kind.endswith(".ConfigError") else f"{where}: {kind}: {told}"
   return " ".join(" ".join(lines).split()) or type(error).__name__

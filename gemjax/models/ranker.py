@@ -54,7 +54,7 @@ def _check(model: config_lib.Model, histories: tuple[HistorySpec, ...]) -> None:
       "prepare data with histories"
     )
   for history in histories if asks else ():
-    if max(history.candidate) < 0:
+    if all(place < 0 for place in history.candidate):
       raise config_lib.ConfigError(
         f"config.model is {name}, which asks what the history {history.name!r} says of an example, "
         "but none of its columns shares a table with a feature; name one in the schema: table = .."

@@ -27,7 +27,7 @@ def _count(jaxpr) -> int:
   for eqn in jaxpr.eqns:
     if eqn.primitive.name in ("while", "pallas_call"):
       continue
-    if eqn.primitive.name == "cond":  # Of platforms the default, a GPU's, which comes last.
+    if eqn.primitive.name == "cond":  # Of platforms the default, a GPU's; else where it holds.
       total += _count(eqn.params["branches"][-1].jaxpr)
       continue
     if eqn.primitive.name == "dot_general":
