@@ -175,6 +175,11 @@ def _attend_backward(form, implementation, residuals, g_THD):
   known = {"xla": functools.partial(xla.backward, form)}
   known["triton"] = known["mosaic"] = functools.partial(triton.backward, form)
   refusal = triton.refusal(q_THD, k_EHD, tables)
+  if implementation == "mosaic":
+    from pallas_kernels.jagged_attention import mosaic_backward
+
+    if q_THD.shape[2] in mosaic_backward.WIDTHS:
+      known["mosaic"] = functools.partial(mosaic_backward.backward, form)
   args = (*residuals, jnp.asarray(g_THD))
   found = dispatch(_OP, implementation, known, *args, refusal=refusal)
   dtables = tuple(d.astype(t.dtype) for d, t in zip(found.tables, tables))

@@ -36,16 +36,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.jagged_attention import edges, tiles
+from pallas_kernels.jagged_attention import edges, mosaic_rows, tiles
 from pallas_kernels.jagged_attention.activation import POINTWISE, sigmoid_by
 from pallas_kernels.jagged_attention.form import Form, Plan, Saved
+from pallas_kernels.jagged_attention.mosaic_rows import GROUPS, ROWS, TILED, across
 from pallas_kernels.jagged_attention.warpgroup import Compiled, Interpreted
 
 WIDTHS = (64, 128, 256)
 KERNEL = "jagged_attention_forward_mosaic"
-GROUPS, ROWS = 2, 64  # Groups that compute; wgmma has 64 rows.
-# Registers of a thread: 65,536 are 384 * 168 and some, and 2 * 240 + 24 = 3 * 168.
-_REGISTERS, _REGISTERS_OF_COPIES = 240, 24
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,17 +73,12 @@ def refusal(q_THD: jax.Array, k_EHD: jax.Array, tables: tuple[jax.Array, ...]) -
   return None
 
 
-def _across(x_B, like):
-  """(B,) repeated over the columns of `like`."""
-  return lax.broadcast_in_dim(x_B, like.shape, (0,))
-
-
 def _softmax(scale: float, score, top_B, sum_B):
   """(weights, shrinkage of sums so far, top, sum); top in powers of two, as the hardware has."""
   factor = abs(scale) * math.log2(math.e) or 1.0
   higher_B = jnp.maximum(top_B, jnp.max(score, axis=1) * factor)
   anchor_B = jnp.where(higher_B == -jnp.inf, 0.0, higher_B)
-  weight = jnp.exp2(score * factor - _across(anchor_B, score))
+  weight = jnp.exp2(score * factor - across(anchor_B, score))
   shrink_B = jnp.exp2(top_B - anchor_B)
   return weight, shrink_B, higher_B, sum_B * shrink_B + jnp.sum(weight, axis=1)
 
@@ -104,7 +97,7 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
 
   @pl.when(alive & (group == GROUPS))
   def _copies():
-    plgpu.set_max_registers(_REGISTERS_OF_COPIES, action="decrease")
+    plgpu.set_max_registers(mosaic_rows.REGISTERS_OF_COPIES, action="decrease")
     inside = [inside_ref[i] for i in range(2)]
     plgpu.copy_gmem_to_smem(limits_ref.at[tile], limits_smem, ready)
     if not form.softmax:
@@ -131,16 +124,12 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
 
   @pl.when(alive & (group < GROUPS))
   def _computes():
-    plgpu.set_max_registers(_REGISTERS, action="increase")
-    width = q_smem.shape[-1]
-    parts = [slice(c, c + shape.columns) for c in range(0, width, shape.columns)]
+    plgpu.set_max_registers(mosaic_rows.REGISTERS, action="increase")
+    parts = mosaic_rows.parts(q_smem.shape[-1], shape.columns)
     first_row = start + group * ROWS
-    for part in parts:
-      source = q_ref.at[pl.ds(first_row, ROWS), head, _columns(part)]
-      plgpu.copy_gmem_to_smem(source, out_smem.at[group], loaded.at[group])
-      plgpu.barrier_wait(loaded.at[group])
-      q_smem.at[group, :, part][...] = on.matrix(out_smem.at[group])
-      plgpu.commit_smem()
+    mosaic_rows.load(
+      on, q_ref, first_row, head, out_smem.at[group], loaded.at[group], q_smem.at[group]
+    )
     plgpu.barrier_wait(ready)
 
     def step(j, sums):
@@ -156,9 +145,9 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
       def masked(x, fill):
         def mask(x):
           lo_B, hi_B = (on.row_terms(limits_smem.at[group, i]) for i in range(2))
-          column = on.columns(x.shape)
-          seen = column >= _across(lo_B - key, x)
-          seen &= column < _across(hi_B - key, x)
+          column = on.numbers(x.shape, 1)
+          seen = column >= across(lo_B - key, x)
+          seen &= column < across(hi_B - key, x)
           return jnp.where(seen, x, fill)
 
         inside = (key >= inner_first) & (key + shape.keys <= inner_last)
@@ -167,11 +156,11 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
       if form.softmax:
         score = masked(score, -jnp.inf)
         weight, shrink_B, *carry = _softmax(form.scale, score, *carry)
-        outs_BC = [x * _across(shrink_B, x) for x in outs_BC]
+        outs_BC = [x * across(shrink_B, x) for x in outs_BC]
       else:
         gain_B = on.row_terms(row_smem.at[group])
         weight = POINTWISE[form.activation].value(score * form.scale, sigmoid_by(jnp.tanh))
-        weight *= _across(gain_B, score)
+        weight *= across(gain_B, score)
         weight = masked(weight, 0.0)
       weight = weight.astype(q_smem.dtype)
       plgpu.barrier_wait(v_filled.at[place])
@@ -186,34 +175,14 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
     if form.softmax:
       top_B, sum_B = carry
       sum_B = jnp.where(sum_B > 0, sum_B, 1.0)
-      outs_BC = [x * _across(1.0 / sum_B, x) for x in outs_BC]
+      outs_BC = [x * across(1.0 / sum_B, x) for x in outs_BC]
       top_B = jnp.where(top_B == -jnp.inf, 0.0, top_B)
       row_smem.at[group][...] = top_B * math.log(2) + jnp.log(sum_B)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(row_smem.at[group], log_ref.at[tile, head, group])
     for part, x_BC in zip(parts, outs_BC):
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      out_smem.at[group][...] = x_BC.astype(out_ref.dtype)
-      plgpu.commit_smem()
-      _store(out_smem.at[group], out_ref, head, part, first_row, stop)
+      mosaic_rows.store(x_BC, out_smem.at[group], out_ref, head, part, first_row, stop)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _columns(part: slice):
-  return pl.ds(part.start, part.stop - part.start)
-
-
-def _store(x_BC, out_ref, head, part: slice, first_row, stop):
-  """Rows [first_row, stop) of one head and some columns, as boxes of 64, 32, ..., 1 rows."""
-  count = jnp.clip(stop - first_row, 0, ROWS)
-
-  def write(box: int):
-    done = count & -2 * box  # The rows in larger boxes.
-    target = out_ref.at[pl.ds(first_row + done, box), head, _columns(part)]
-    plgpu.copy_smem_to_gmem(x_BC.at[pl.ds(done, box)], target)
-
-  for i in range(ROWS.bit_length()):
-    pl.when(count >> i & 1 == 1)(functools.partial(write, 1 << i))
 
 
 def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: bool) -> Saved:
@@ -224,21 +193,14 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
   if form.softmax and form.scale <= 0:
     q_THD = q_THD * jnp.sign(form.scale).astype(q_THD.dtype)  # The kernel has |scale|, or 1 for 0.
   inside_2, edges_RHD = edges.rows(v_EHD, plan.kv_offsets_S1, shape.keys)
-  room = -len(k_EHD) % edges.ALIGNED
-  if room:
-    k_EHD, v_EHD = (jnp.pad(x, ((0, room), (0, 0), (0, 0))) for x in (k_EHD, v_EHD))
-
+  k_EHD, v_EHD = (mosaic_rows.padded(x) for x in (k_EHD, v_EHD))
   cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, GROUPS * ROWS)
-  row_NB = cut.start_N[:, None] + jnp.arange(GROUPS * ROWS, dtype=jnp.int32)
-  own_NB = row_NB < cut.stop_N[:, None]
-  row_NB = jnp.where(own_NB, row_NB, count)
-  lo_NB, hi_NB, gain_NB = (
-    x.at[row_NB].get(mode="fill", fill_value=0) for x in (plan.lo_T, plan.hi_T, plan.gain_T)
+  row_NGB = mosaic_rows.own(cut, count)
+  number = len(row_NGB)
+  lo_NGB, hi_NGB, gain_NGB = (
+    x_T.at[row_NGB].get(mode="fill", fill_value=0) for x_T in (plan.lo_T, plan.hi_T, plan.gain_T)
   )
-  cut = cut._replace(first_N=cut.first_N - cut.first_N % edges.ALIGNED)
-  number = len(cut.start_N)
-  grouped = lambda x_NB: x_NB.reshape(number, GROUPS, ROWS)
-  limits_NG2B = jnp.stack([grouped(lo_NB), grouped(hi_NB)], axis=2)
+  limits_NG2B = jnp.stack([lo_NGB, hi_NGB], axis=2)
 
   outputs = [jax.ShapeDtypeStruct(q_THD.shape, q_THD.dtype)]
   if form.softmax:
@@ -253,31 +215,23 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, *, interpret: b
     thread_name="group",
     kernel_name=KERNEL,
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    interpret=_interpreter() if interpret else None,
-  )(*cut, limits_NG2B, grouped(gain_NB), q_THD, k_EHD, v_EHD, inside_2, edges_RHD)
+    interpret=mosaic_rows.interpreter() if interpret else None,
+  )(*mosaic_rows.aligned(cut), limits_NG2B, gain_NGB, q_THD, k_EHD, v_EHD, inside_2, edges_RHD)
   if not form.softmax:
     return Saved(found[0], jnp.zeros((0, 0), jnp.float32))
-  log_NBH = jnp.moveaxis(found[1].reshape(number, heads, GROUPS * ROWS), 1, 2)
+  log_NGBH = jnp.moveaxis(found[1], 1, 3)
   log_TH = jnp.zeros((count, heads), jnp.float32)
-  return Saved(found[0], log_TH.at[row_NB].set(log_NBH, mode="drop"))
-
-
-def _interpreter():
-  """Beyond the end of an array there are zeros, as TMA gives them."""
-  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # Nowhere public.
-
-  return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+  return Saved(found[0], log_TH.at[row_NGB].set(log_NGBH, mode="drop"))
 
 
 def _scratch(form: Form, shape: Launch, width: int, dtype) -> list:
-  tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # As wgmma reads it.
-  ring = plgpu.SMEM((shape.places, shape.keys, width), dtype, transforms=tiled)
+  ring = plgpu.SMEM((shape.places, shape.keys, width), dtype, transforms=TILED)
   filled = plgpu.Barrier(num_barriers=shape.places)
   freed = plgpu.Barrier(num_arrivals=GROUPS, num_barriers=shape.places)
   return [
     plgpu.SMEM((GROUPS, 2, ROWS), jnp.int32),
     plgpu.SMEM((GROUPS, ROWS), jnp.float32),  # Gains, or logarithms.
-    plgpu.SMEM((GROUPS, ROWS, width), dtype, transforms=tiled),
+    plgpu.SMEM((GROUPS, ROWS, width), dtype, transforms=TILED),
     ring,
     ring,
     plgpu.SMEM((GROUPS, ROWS, shape.columns), dtype),

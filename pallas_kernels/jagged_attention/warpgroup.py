@@ -15,16 +15,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_ROWS = plgpu.Layout.WGMMA.reduce(1)  # Of numbers that belong to the rows of a product.
+# Of numbers that belong to the rows, or to the columns, of a product.
+_ROWS, _COLUMNS = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 
 
 class Compiled:
   """Hopper's tensor cores and registers."""
 
   @staticmethod
-  def columns(shape):
-    """The number of the column, in each element."""
-    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+  def numbers(shape, axis):
+    """The number of the row (axis 0) or of the column, in each element."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
   @staticmethod
   def full(shape, value):
@@ -36,6 +37,11 @@ class Compiled:
   def row_terms(ref_B):
     """(B,) of shared memory, to lie with the rows of a product."""
     return plgpu.load(ref_B, (), layout=_ROWS, optimized=False)
+
+  @staticmethod
+  def column_terms(ref_K):
+    """(K,) of shared memory, to lie with the columns of a product."""
+    return plgpu.load(ref_K, (), layout=_COLUMNS, optimized=False)
 
   @staticmethod
   def matrix(ref_BC):
@@ -58,13 +64,26 @@ class Compiled:
       plgpu.ACC.init(sum_BC)
     )
 
+  @staticmethod
+  def add_product_and_scores(sum_BC, weight_BK, y_KC, b_BC):
+    """(sum + weight y, b y^T), of which both are waited for at once."""
+
+    def body(refs):
+      score_ref, sum_ref = refs
+      plgpu.wgmma(score_ref, b_BC, plgpu.transpose_ref(y_KC, (1, 0)))
+      plgpu.wgmma(sum_ref, weight_BK, y_KC)
+
+    start = Compiled.full(weight_BK.shape, 0.0), sum_BC
+    score_BK, sum_BC = pl.run_state(body)(tuple(map(plgpu.ACC.init, start)))
+    return sum_BC, score_BK
+
 
 class Interpreted:
   """The same on arrays that have no layout."""
 
   @staticmethod
-  def columns(shape):
-    return lax.broadcasted_iota(jnp.int32, shape, 1)
+  def numbers(shape, axis):
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
 
   @staticmethod
   def full(shape, value):
@@ -73,6 +92,8 @@ class Interpreted:
   @staticmethod
   def row_terms(ref_B):
     return ref_B[...]
+
+  column_terms = row_terms
 
   @staticmethod
   def matrix(ref_BC):
@@ -85,3 +106,7 @@ class Interpreted:
   @staticmethod
   def add_product(sum_BC, weight_BK, v_KC):
     return sum_BC + jnp.dot(weight_BK, v_KC[...], preferred_element_type=jnp.float32)
+
+  @classmethod
+  def add_product_and_scores(cls, sum_BC, weight_BK, y_KC, b_BC):
+    return cls.add_product(sum_BC, weight_BK, y_KC), cls.scores(b_BC, y_KC)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.case import offsets
 from pallas_kernels.deviceless import ptx
 from pallas_kernels.deviceless.target import OPTIONS, TARGETS, devices, has_cuda_wheels
-from pallas_kernels.jagged_attention import mosaic, mosaic_shapes
+from pallas_kernels.jagged_attention import mosaic, mosaic_rows, mosaic_shapes
 from pallas_kernels.jagged_attention.form import Form, Plan
 from pallas_kernels.jagged_attention.visible import visible
 
@@ -158,7 +158,7 @@ def gap(body, scratch, x):
       body,
       out_type=jax.ShapeDtypeStruct((64, 64), jnp.float32),
       scratch_types=scratch,
-      interpret=mosaic._interpreter(),
+      interpret=mosaic_rows.interpreter(),
     )
     return jax.block_until_ready(jax.jit(kernel)(x))
   finally:
@@ -252,7 +252,7 @@ def test_the_machine_code_of_hopper(monkeypatch, tmp_path):
   assert ptx.count(code).wgmma == 128 // 16 + mosaic.launch(128).keys // 16
   assert code.count("cp.async.bulk.tensor.5d.shared::cluster.global") >= 2  # Tiles of keys, values.
   # Boxes of outputs, and logarithms.
-  assert code.count(".global.shared::cta.bulk_group") == mosaic.ROWS.bit_length() + 1
+  assert code.count(".global.shared::cta.bulk_group") == mosaic_rows.ROWS.bit_length() + 1
   assert code.count("setmaxnreg.dec") == code.count("setmaxnreg.inc") == 1
 
 
