@@ -73,8 +73,8 @@ def jagged_attention(
     biases: Additive relative biases, each with a table (H, N) that has a gradient.
     qk_norm: (gain_D of queries, gain_D of keys): RMS norm of each head before the product.
     rope: Base of rotary positions, such as 10000; None for none. D must be even.
-    implementation: See dispatch.py; "mosaic" is the forward pass for Hopper in bf16 and fp16, whose
-      backward pass is Triton's.
+    implementation: See dispatch.py; "mosaic" is for Hopper, in bf16 and fp16, widths of 64, 128 and
+      256 and without biases; at 256 its backward pass is Triton's.
 
   Returns:
     out_THD in the dtype of q.

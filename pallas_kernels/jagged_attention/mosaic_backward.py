@@ -8,12 +8,12 @@ Both have one form, of rows a, b that a group owns and rows x, y that come by in
     queries     a = q, b = g; x = k, y = v     dq = sum slope x
     keys        a = k, b = v; x = q, y = g     dk = sum slope x, dv = sum weight y
 
-(FlashAttention-2, arXiv 2307.08691, algorithm 2). Limits of what a query sees, its gain, or the
-logarithm and delta of its softmax lie with the rows of the first and the columns of the second,
+(FlashAttention-2, arXiv 2307.08691, algorithm 2). Limits of what a query sees and terms of its
+softmax, the logarithm and delta, lie with the rows of the first and the columns of the second,
 where they come by with it.
 
-Letters: B owned rows of a group, K rows of a place in the ring, P places, G groups, R terms of a
-query, T queries, E keys, H heads, D width, N tiles.
+Letters: B owned rows of a group, K rows of a place in the ring, P places, G groups, T queries, E
+keys, H heads, D width, N tiles.
 """
 
 from __future__ import annotations
@@ -49,32 +49,33 @@ class Launch:
 def launch(width: int, keyed: bool) -> Launch:
   """What fits into 227 KB of shared memory and 240 registers (python -m pallas_kernels.report)."""
   if keyed:
-    return {64: Launch(128, 3), 128: Launch(64, 3)}[width]
-  return {64: Launch(128, 3), 128: Launch(128, 2)}[width]
+    return Launch(64, 4 if width == 64 else 3)
+  return Launch(128, 3 if width == 64 else 2)
 
 
-def _weights(form: Form, score, terms, along):
-  """(weight, d weight / d score / scale); of a softmax both are the weight."""
+def _weights(form: Form, score, factors, terms, along):
+  """(weight, d weight / d scaled score); of a softmax both are the weight."""
   if form.softmax:
     weight = jnp.exp2(score * (form.scale * LOG2_E) - along(terms[0]()))
     return weight, weight
-  of, score, sigmoid = POINTWISE[form.activation], score * form.scale, sigmoid_by(jnp.tanh)
-  gain = along(terms[0]())
+  scale, gain = factors
+  of, score, sigmoid = POINTWISE[form.activation], score * scale, sigmoid_by(jnp.tanh)
   return of.value(score, sigmoid) * gain, of.slope(score, sigmoid) * gain
 
 
 def _kernel(form: Form, shape: Launch, heads: int, keyed: bool, on, *refs):
-  tile_refs, (limits_ref, terms_ref, inside_ref), refs = refs[:6], refs[6:9], refs[9:]
+  tile_refs, (inside_ref, factor_ref), refs = refs[:6], refs[6:8], refs[8:]
   (a_ref, b_ref, *streamed), edge_refs, refs = refs[:4], refs[4:6], refs[6:]
+  count = 1 + form.softmax  # Limits, and terms of a softmax.
+  (limits_ref, *terms_refs), refs = refs[:count], refs[count:]
   out_refs, refs = refs[: 1 + keyed], refs[1 + keyed :]
-  limits_smem, terms_smem, a_smem, b_smem, x_smem, y_smem, stage, *barriers = refs
-  ready, loaded, filled, freed = barriers
+  (limits_smem, *terms_smem), refs = refs[:count], refs[count:]
+  a_smem, b_smem, x_smem, y_smem, stage, ready, loaded, filled, freed = refs
   program, group = lax.axis_index("program"), lax.axis_index("group")
   tile, head = lax.div(program, heads), lax.rem(program, heads)
   start, stop, first, last, inner_first, inner_last = (ref[tile] for ref in tile_refs)
   steps = lax.div(last - first + shape.rows - 1, shape.rows)
   alive = start < stop
-  of_head = head if form.softmax else 0
 
   @pl.when(alive & (group == GROUPS))
   def _copies():
@@ -82,7 +83,8 @@ def _kernel(form: Form, shape: Launch, heads: int, keyed: bool, on, *refs):
     inside = [inside_ref[i] for i in range(2)]
     if not keyed:
       plgpu.copy_gmem_to_smem(limits_ref.at[tile], limits_smem, ready)
-      plgpu.copy_gmem_to_smem(terms_ref.at[tile, of_head], terms_smem, ready)
+      for ref, smem in zip(terms_refs, terms_smem):
+        plgpu.copy_gmem_to_smem(ref.at[tile, head], smem, ready)
 
     @pl.loop(0, steps)
     def _step(j):
@@ -100,8 +102,9 @@ def _kernel(form: Form, shape: Launch, heads: int, keyed: bool, on, *refs):
         pl.when(edge >= 0)(functools.partial(fill, edge_ref, edge, ring))
       if keyed:
         columns = pl.ds(row, shape.rows)
-        for ref, ring in ((limits_ref, limits_smem), (terms_ref.at[of_head], terms_smem)):
-          plgpu.copy_gmem_to_smem(ref.at[:, columns], ring.at[place], filled.at[place])
+        sources = [limits_ref.at[:, columns], *(ref.at[head, :, columns] for ref in terms_refs)]
+        for source, ring in zip(sources, (limits_smem, *terms_smem)):
+          plgpu.copy_gmem_to_smem(source, ring.at[place], filled.at[place])
 
   @pl.when(alive & (group < GROUPS))
   def _computes():
@@ -120,8 +123,8 @@ def _kernel(form: Form, shape: Launch, heads: int, keyed: bool, on, *refs):
       score = on.scores(a_smem.at[group], x_KD)
       vector, lies = (on.column_terms, place) if keyed else (on.row_terms, group)
       along = functools.partial(across, like=score, axis=int(keyed))
-      terms = [lambda i=i: vector(terms_smem.at[lies, i]) for i in range(terms_smem.shape[1])]
-      weight, slope = _weights(form, score, terms, along)
+      terms = [lambda i=i: vector(terms_smem[0].at[lies, i]) for i in range(2)]
+      weight, slope = _weights(form, score, [factor_ref[i] for i in range(2)], terms, along)
       weight = weight.astype(x_smem.dtype)
 
       def masked(xs):
@@ -159,36 +162,39 @@ def backward(
 ) -> Gradients:
   """Gradients of queries by one kernel, of keys and values by another; see `mosaic.refusal`."""
   del tables  # Refused.
-  limits_2T = jnp.stack([plan.lo_T, plan.hi_T])
+  limits_2T, terms = jnp.stack([plan.lo_T, plan.hi_T]), ()
+  sees_T = plan.lo_T < plan.hi_T
+  scale, gain = jnp.float32(form.scale), jnp.float32(1)
   if form.softmax:
     # Where nothing is seen the gradient of the output may be NaN, and no weight of 0 takes it away.
-    sees_T = plan.lo_T < plan.hi_T
     delta_HT = jnp.einsum("thd,thd->ht", saved.out_THD, g_THD, preferred_element_type=jnp.float32)
-    terms_HRT = jnp.stack([saved.log_TH.T * LOG2_E, jnp.where(sees_T, delta_HT, 0)], axis=1)
+    terms = (jnp.stack([saved.log_TH.T * LOG2_E, jnp.where(sees_T, delta_HT, 0)], axis=1),)
   else:
-    terms_HRT = plan.gain_T[None, None]
+    # A gain is its query's alone, so it may scale g and no tile has to read it. The greatest scales
+    # weights instead, as in the forward pass, so that g is not rounded where all gains are equal.
+    gain = jnp.max(jnp.where(sees_T, plan.gain_T, 0))
+    share_T = plan.gain_T / jnp.where(gain > 0, gain, 1)
+    g_THD = (g_THD * share_T[:, None, None]).astype(g_THD.dtype)
   of_queries = (q_THD, g_THD), plan.q_offsets_S1
   of_keys = (k_EHD, v_EHD), plan.kv_offsets_S1
-  run = functools.partial(_call, form, interpret=interpret)
+  run = functools.partial(_call, form, jnp.stack([scale, gain]), interpret=interpret)
 
   cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, GROUPS * ROWS)
   row_NGB = mosaic_rows.own(cut, len(q_THD))
-  limits_NG2B = jnp.moveaxis(limits_2T.at[:, row_NGB].get(mode="fill", fill_value=0), 0, 2)
-  terms_HRNGB = terms_HRT.at[:, :, row_NGB].get(mode="fill", fill_value=0)
-  terms_NHGRB = jnp.transpose(terms_HRNGB, (2, 0, 3, 1, 4))
-  (dq_THD,) = run(False, cut, limits_NG2B, terms_NHGRB, of_queries, of_keys)
+  at_rows = lambda x: x.at[..., row_NGB].get(mode="fill", fill_value=0)
+  limits_NG2B = jnp.moveaxis(at_rows(limits_2T), 0, 2)
+  terms_NHG2B = [jnp.transpose(at_rows(x_H2T), (2, 0, 3, 1, 4)) for x_H2T in terms]
+  (dq_THD,) = run(False, cut, (limits_NG2B, *terms_NHG2B), of_queries, of_keys)
 
   cut = tiles.key_tiles(plan.kv_offsets_S1, plan.lo_T, plan.hi_T, len(k_EHD), GROUPS * ROWS)
-  # Beyond the last query: TMA reads rows of multiples of 16 bytes.
+  # TMA reads rows of multiples of 16 bytes.
   room = -len(q_THD) % edges.ALIGNED
-  limits_2T, terms_HRT = (
-    jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, room),)) for x in (limits_2T, terms_HRT)
-  )
-  dk_EHD, dv_EHD = run(True, cut, limits_2T, terms_HRT, of_keys, of_queries)
+  streamed = [jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, room),)) for x in (limits_2T, *terms)]
+  dk_EHD, dv_EHD = run(True, cut, streamed, of_keys, of_queries)
   return Gradients(dq_THD, dk_EHD, dv_EHD, ())
 
 
-def _call(form: Form, keyed, cut, limits, terms, owned, streamed, *, interpret: bool):
+def _call(form: Form, factor_2, keyed, cut, vectors, owned, streamed, *, interpret: bool):
   (owned, _), (streamed, offsets_S1) = owned, streamed
   heads, width = owned[0].shape[1:]
   shape = launch(width, keyed)
@@ -199,7 +205,7 @@ def _call(form: Form, keyed, cut, limits, terms, owned, streamed, *, interpret: 
   return plgpu.kernel(
     functools.partial(_kernel, form, shape, heads, keyed, Interpreted if interpret else Compiled),
     out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in owned[: 1 + keyed]],
-    scratch_types=_scratch(keyed, shape, terms.shape[-2], width, owned[0].dtype),
+    scratch_types=_scratch(form, keyed, shape, width, owned[0].dtype),
     grid=(len(cut.start_N) * heads,),
     grid_names=("program",),
     num_threads=GROUPS + 1,
@@ -209,30 +215,29 @@ def _call(form: Form, keyed, cut, limits, terms, owned, streamed, *, interpret: 
     interpret=mosaic_rows.interpreter() if interpret else None,
   )(
     *mosaic_rows.aligned(cut),
-    limits,
-    terms,
     inside_2,
+    factor_2,
     *owned,
     *(mosaic_rows.padded(x) for x in streamed),
     *edge_rows,
+    *vectors,
   )
 
 
-def _scratch(keyed: bool, shape: Launch, terms: int, width: int, dtype) -> list:
+def _scratch(form: Form, keyed: bool, shape: Launch, width: int, dtype) -> list:
   owned = plgpu.SMEM((GROUPS, ROWS, width), dtype, transforms=TILED)
   ring = plgpu.SMEM((shape.places, shape.rows, width), dtype, transforms=TILED)
-  queries = (shape.places, shape.rows) if keyed else (GROUPS, ROWS)
-  vectors = lambda count, dtype: plgpu.SMEM((queries[0], count, queries[1]), dtype)
+  places, rows = (shape.places, shape.rows) if keyed else (GROUPS, ROWS)
+  vectors = [jnp.int32, jnp.float32][: 1 + form.softmax]
   return [
-    vectors(2, jnp.int32),
-    vectors(terms, jnp.float32),
+    *(plgpu.SMEM((places, 2, rows), dtype) for dtype in vectors),
     owned,
     owned,
     ring,
     ring,
     plgpu.SMEM((GROUPS, ROWS, width), dtype),
-    plgpu.Barrier(num_arrivals=2),  # Limits and terms of owned queries.
+    plgpu.Barrier(num_arrivals=len(vectors)),  # Of owned queries.
     plgpu.Barrier(num_barriers=GROUPS),
-    plgpu.Barrier(num_arrivals=4 if keyed else 2, num_barriers=shape.places),
+    plgpu.Barrier(num_arrivals=2 + keyed * len(vectors), num_barriers=shape.places),
     plgpu.Barrier(num_arrivals=GROUPS, num_barriers=shape.places),
   ]

@@ -1,4 +1,4 @@
-"""Named shapes of the Mosaic kernel, which the report compiles."""
+"""Named shapes of the Mosaic kernels, which the report compiles."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.case import Case
-from pallas_kernels.jagged_attention import mosaic
-from pallas_kernels.jagged_attention.form import Form, Plan
+from pallas_kernels.jagged_attention import mosaic, mosaic_backward
+from pallas_kernels.jagged_attention.form import Form, Plan, Saved
 
 ROWS, HEADS, SEGMENTS = 4_096, 4, 32
 
@@ -34,15 +34,24 @@ def arguments(width: int, dtype: str):
 
 
 def report_cases() -> Iterator[Case]:
-  """The forward pass; there is no other in Mosaic."""
+  """The forward pass, and the backward pass of the widths that have one."""
   for shape, (width, dtype, activation) in COMPILED.items():
     form = Form(activation, width**-0.5 if activation == "softmax" else 1.0)
+    args = arguments(width, dtype)
+    common = {"op": "jagged_attention", "implementation": "mosaic", "shape": shape}
     yield Case(
-      op="jagged_attention",
-      implementation="mosaic",
+      **common,
       direction="forward",
-      shape=shape,
       fn=functools.partial(mosaic.forward, form, interpret=False),
-      args=arguments(width, dtype),
+      args=args,
       kernels={mosaic.KERNEL: True},
     )
+    if width in mosaic_backward.WIDTHS:
+      log_TH = jax.ShapeDtypeStruct((ROWS, HEADS) if form.softmax else (0, 0), jnp.float32)
+      yield Case(
+        **common,
+        direction="backward",
+        fn=functools.partial(mosaic_backward.backward, form, interpret=False),
+        args=(*args, Saved(args[0], log_TH), args[0]),
+        kernels=dict.fromkeys(mosaic_backward.KERNELS, True),
+      )

@@ -68,9 +68,10 @@ def launch(width: int, itemsize: int, biased: bool, direction: str) -> Launch:
     return measured
   padded = power(width)
   load = padded * itemsize * (2 if itemsize == 4 else 1)
+  short = itemsize == 4 and padded <= 32
   if biased:
-    return Launch(64 if 128 <= load <= 256 else 32, 32 if load <= 256 else 16, 8, 1)
-  if load > 512 or (itemsize == 4 and padded <= 32):
+    return Launch(64 if 128 <= load <= 256 and not short else 32, 32 if load <= 256 else 16, 8, 1)
+  if load > 512 or short:
     return Launch(32, 32 if load <= 1024 else 16, 8, 1)
   if padded != width:
     return Launch(64, 32, 8, 1)

@@ -2,90 +2,20 @@
 
 import functools
 import math
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src import core
-from jax._src.pallas.mosaic.interpret import thread_map
-from jax._src.pallas.mosaic_gpu.core import UntilingTransform
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_cases import MASKS, STARTS, inputs, interpreted, plan_of  # noqa: F401
 
-from pallas_kernels.case import offsets
 from pallas_kernels.deviceless import ptx
 from pallas_kernels.deviceless.target import OPTIONS, TARGETS, devices, has_cuda_wheels
 from pallas_kernels.jagged_attention import mosaic, mosaic_rows, mosaic_shapes
 from pallas_kernels.jagged_attention.form import Form, Plan
-from pallas_kernels.jagged_attention.visible import visible
-
-QUERIES, KEYS, HEADS = 203, 229, 2  # Neither is a multiple of 8.
-START = 5
-MASKS = {
-  "self": ([140, 0, 20, 1, 7, 20], None, {}),
-  "long": ([0, 0, 190, 0, 0, 0], None, {"causal": True, "window": 70}),
-  "block": ([140, 20, 0, 0, 3, 20], None, {"block": 64}),
-  "cross": ([90, 3, 30, 0, 50, 5], [1, 131, 0, 40, 20, 30], {"causal": True}),
-  "empty": ([0] * 6, None, {}),
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once():
-  """JAX's interpreter compiles a kernel anew for every group of every program; here once."""
-  lock, programs = threading.Lock(), {}
-
-  def run(jaxpr, consts, *args):
-    with lock:
-      if jaxpr not in programs:
-        program = jax.jit(functools.partial(core.eval_jaxpr, jaxpr))
-        programs[jaxpr] = program.lower(consts, *args).compile()
-    jax.block_until_ready(programs[jaxpr](consts, *args))
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(thread_map, "_run_jaxpr", run)
-    yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def tile_starts():
-  """The first rows of all that was read in tiles of 8 rows.
-
-  Amid a tile TMA would leave rows out, which the interpreter does not imitate.
-  """
-  starts = []
-  execute = gpu_callbacks._execute_device_local_memory_transfer
-
-  def watch(*, src_transforms, dst_transforms, **kwargs):
-    if any(isinstance(t, UntilingTransform) for t in dst_transforms):
-      starts.append(int(src_transforms[0].indices[0].start))
-    return execute(src_transforms=src_transforms, dst_transforms=dst_transforms, **kwargs)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(gpu_callbacks, "_execute_device_local_memory_transfer", watch)
-    yield starts
-
-
-def plan_of(lengths, kv_lengths, options) -> Plan:
-  q_offsets_S1 = offsets(np.array(lengths), START)
-  kv_offsets_S1 = q_offsets_S1 if kv_lengths is None else offsets(np.array(kv_lengths), START)
-  seen = visible(jnp.asarray(q_offsets_S1), jnp.asarray(kv_offsets_S1), None, QUERIES, **options)
-  gain_T = np.random.default_rng(1).uniform(0.01, 0.1, QUERIES).astype(np.float32)
-  arrays = (q_offsets_S1, kv_offsets_S1, seen.lo_T, seen.hi_T, gain_T)
-  return Plan(*(jnp.asarray(x) for x in arrays), (), ())
-
-
-def inputs(plan: Plan, width: int, dtype):
-  """(q, k, v); NaN outside of the segments."""
-  rng, found = np.random.default_rng(0), []
-  for count, edges in ((QUERIES, plan.q_offsets_S1), *((KEYS, plan.kv_offsets_S1),) * 2):
-    x = rng.normal(size=(count, HEADS, width))
-    x[: edges[0]] = x[edges[-1] :] = np.nan
-    found.append(jnp.asarray(x, dtype))
-  return found
 
 
 def function(activation: str, x):
@@ -120,10 +50,10 @@ def kernel(form: Form):
   return jax.jit(functools.partial(mosaic.forward, form, interpret=True))
 
 
-def check(form: Form, width: int, dtype, mask: str, tile_starts: list):
+def check(form: Form, width: int, dtype, mask: str):
   plan = plan_of(*MASKS[mask])
-  q_THD, k_EHD, v_EHD = inputs(plan, width, dtype)
-  tile_starts.clear()
+  q_THD, k_EHD, v_EHD, _ = inputs(plan, width, dtype)
+  STARTS.clear()
   saved = kernel(form)(q_THD, k_EHD, v_EHD, (), plan)
   assert saved.out_THD.dtype == dtype
   out, log, size = oracle(form, plan, q_THD, k_EHD, v_EHD)
@@ -134,21 +64,20 @@ def check(form: Form, width: int, dtype, mask: str, tile_starts: list):
     np.testing.assert_allclose(saved.log_TH, log, atol=2e-5, rtol=1e-5)
   else:
     assert saved.log_TH.shape == (0, 0)
-  assert bool(tile_starts) == (mask != "empty")
-  assert all(start % 8 == 0 for start in tile_starts)
+  assert STARTS and all(start % 8 == 0 for start in STARTS)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_softmax(mask, tile_starts):
-  check(Form("softmax", 0.125), 64, jnp.bfloat16, mask, tile_starts)
+def test_softmax(mask):
+  check(Form("softmax", 0.125), 64, jnp.bfloat16, mask)
 
 
-def test_an_activation(tile_starts):
-  check(Form("silu", 0.5), 128, jnp.float16, "cross", tile_starts)
+def test_an_activation():
+  check(Form("silu", 0.5), 128, jnp.float16, "cross")
 
 
-def test_two_parts_of_columns_and_a_negative_scale(tile_starts):
-  check(Form("softmax", -0.1), 256, jnp.float16, "block", tile_starts)
+def test_two_parts_of_columns_and_a_negative_scale():
+  check(Form("softmax", -0.1), 256, jnp.float16, "block")
 
 
 def gap(body, scratch, x):
