@@ -17,12 +17,9 @@ BLOCK_Q, BLOCK_K = 64, 64
 AT_A_TIME = 8  # C: enough that the loop costs nothing, few enough that their costs are equal.
 
 
-def _take(x_TX: jax.Array, row_CB: jax.Array, inside_CB: jax.Array) -> jax.Array:
-  """Rows of a jagged array, floats in full precision; 0 where not inside, whatever lies there."""
-  x = x_TX.at[row_CB].get(mode="clip")
-  if jnp.issubdtype(x.dtype, jnp.floating):
-    x = x.astype(wide(x))  # XLA has no product of bf16 tiles with float32 sums on a CPU.
-  return jnp.where(inside_CB.reshape(inside_CB.shape + (1,) * (x.ndim - 2)), x, 0)
+def _by_heads(x_THD: jax.Array) -> jax.Array:
+  """(H, T, D): rows of a head lie side by side, so that tiles are multiplied as they lie."""
+  return jnp.swapaxes(x_THD, 0, 1)
 
 
 def _rows(start_C: jax.Array, stop_C: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
@@ -30,9 +27,24 @@ def _rows(start_C: jax.Array, stop_C: jax.Array, block: int) -> tuple[jax.Array,
   return row_CB, row_CB < stop_C[:, None]
 
 
-def _scores(form: Form, tables, plan: Plan, q_CBHD, k_CKHD, row_CB, inside_CB, key_CK):
+def _take(x_T: jax.Array, row_CB: jax.Array, inside_CB: jax.Array) -> jax.Array:
+  """Numbers of rows; 0 where not inside, whatever lies there."""
+  return jnp.where(inside_CB, x_T.at[row_CB].get(mode="clip"), 0)
+
+
+def _take_heads(x_HT: jax.Array, row_CB: jax.Array, inside_CB: jax.Array) -> jax.Array:
+  """(C, H, B) or (C, H, B, D) of (H, T) or (H, T, D), in full precision; 0 where not inside."""
+  heads, count, *width = x_HT.shape
+  row_CHB = row_CB[:, None] + count * jnp.arange(heads, dtype=jnp.int32)[:, None]
+  row_CHB = jnp.where(inside_CB[:, None], row_CHB, 0)
+  x = x_HT.reshape(-1, *width).at[row_CHB].get(mode="clip")
+  x = x.astype(wide(x))  # XLA has no product of bf16 tiles with float32 sums on a CPU.
+  return jnp.where(inside_CB[:, None].reshape(inside_CB.shape[0], 1, -1, *(1 for _ in width)), x, 0)
+
+
+def _scores(form: Form, tables, plan: Plan, q_CHBD, k_CHKD, row_CB, inside_CB, key_CK):
   """(score_CHBK, seen_C1BK, buckets of every bias)."""
-  score = jnp.einsum("cbhd,ckhd->chbk", q_CBHD, k_CKHD)
+  score = jnp.einsum("chbd,chkd->chbk", q_CHBD, k_CHKD)
   score *= form.scale
   found = []
   for buckets, table_HN, x_T, x_E in zip(
@@ -74,21 +86,38 @@ def _turned(x_CHBK: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(x_CHKB, cpu=written, default=lambda x: x)
 
 
+def _write(x_HTD: jax.Array, row_CB, inside_CB, y_CHBD: jax.Array) -> jax.Array:
+  """x with the rows y in their places, each of which is written once."""
+  row_CB = jnp.where(inside_CB, row_CB, x_HTD.shape[1])
+  y_HCBD = jnp.moveaxis(y_CHBD, 1, 0).astype(x_HTD.dtype)
+  return x_HTD.at[:, row_CB].set(y_HCBD, mode="drop")
+
+
+def _add(x_HTD: jax.Array, start_C: jax.Array, y_CHBD: jax.Array) -> jax.Array:
+  """x with the rows y added from `start` on, one tile behind the other; x has room for the last."""
+  for start, y_HBD in zip(start_C, y_CHBD):
+    at = jnp.int32(0), start, jnp.int32(0)
+    old = jax.lax.dynamic_slice(x_HTD, at, y_HBD.shape)
+    x_HTD = jax.lax.dynamic_update_slice(x_HTD, old + y_HBD, at)
+  return x_HTD
+
+
 def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
   """The output, and of a softmax the logarithm of its denominators."""
   high = wide(q_THD)
   heads, width = q_THD.shape[1:]
   shape = (AT_A_TIME, heads, BLOCK_Q)
+  q_HTD, k_HED, v_HED = map(_by_heads, (q_THD, k_EHD, v_EHD))
 
   def of_queries(some, carry):
     row_CB, inside_CB = _rows(some.start_N, some.stop_N, BLOCK_Q)
-    q_CBHD = _take(q_THD, row_CB, inside_CB)
+    q_CHBD = _take_heads(q_HTD, row_CB, inside_CB)
     gain_CB = _take(plan.gain_T, row_CB, inside_CB).astype(high)
 
     def of_keys(key_CK, there_CK, sums):
       out_CHBD, top_CHB, sum_CHB = sums
-      k_CKHD, v_CKHD = (_take(x, key_CK, there_CK) for x in (k_EHD, v_EHD))
-      score, seen, _ = _scores(form, tables, plan, q_CBHD, k_CKHD, row_CB, inside_CB, key_CK)
+      k_CHKD, v_CHKD = (_take_heads(x, key_CK, there_CK) for x in (k_HED, v_HED))
+      score, seen, _ = _scores(form, tables, plan, q_CHBD, k_CHKD, row_CB, inside_CB, key_CK)
       if form.softmax:
         score = jnp.where(seen, score, -jnp.inf)
         higher_CHB = jnp.maximum(top_CHB, jnp.max(score, axis=-1))
@@ -101,7 +130,7 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
       else:
         weight = POINTWISE[form.activation].value(score, jax.nn.sigmoid) * gain_CB[:, None, :, None]
         weight = jnp.where(seen, weight, 0)
-      out_CHBD += jnp.einsum("chbk,ckhd->chbd", weight, v_CKHD)
+      out_CHBD += jnp.einsum("chbk,chkd->chbd", weight, v_CHKD)
       return out_CHBD, top_CHB, sum_CHB
 
     start = (
@@ -110,91 +139,71 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
       jnp.zeros(shape, high),
     )
     out_CHBD, top_CHB, sum_CHB = _over_other(some, BLOCK_K, of_keys, start)
-    out_THD, log_TH = carry
-    row_CB = jnp.where(inside_CB, row_CB, len(q_THD))
+    out_HTD, log_TH = carry
     if form.softmax:
       sum_CHB = jnp.where(sum_CHB > 0, sum_CHB, 1)
       out_CHBD /= sum_CHB[..., None]
       log_CHB = jnp.where(jnp.isneginf(top_CHB), 0, top_CHB) + jnp.log(sum_CHB)
-      log_TH = log_TH.at[row_CB].set(jnp.swapaxes(log_CHB, 1, 2), mode="drop")
-    out_CBHD = jnp.swapaxes(out_CHBD, 1, 2).astype(q_THD.dtype)
-    return out_THD.at[row_CB].set(out_CBHD, mode="drop"), log_TH
+      own_CB = jnp.where(inside_CB, row_CB, len(q_THD))
+      log_TH = log_TH.at[own_CB].set(jnp.swapaxes(log_CHB, 1, 2), mode="drop")
+    return _write(out_HTD, row_CB, inside_CB, out_CHBD), log_TH
 
   cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, BLOCK_Q)
   logs = q_THD.shape[:2] if form.softmax else (0, 0)
-  return Saved(*_over_tiles(cut, of_queries, (jnp.zeros_like(q_THD), jnp.zeros(logs, high))))
+  start = jnp.zeros_like(q_HTD), jnp.zeros(logs, high)
+  out_HTD, log_TH = _over_tiles(cut, of_queries, start)
+  return Saved(jnp.swapaxes(out_HTD, 0, 1), log_TH)
 
 
 def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, g_THD) -> Gradients:
-  """Queries and tables in one sweep, keys and values in another: no sum is shared by two tiles."""
+  """Tiles of keys go over the queries that see them, to whose gradients they add in turn."""
   high = wide(q_THD)
   heads, width = q_THD.shape[1:]
-  delta_TH = jnp.einsum("thd,thd->th", saved.out_THD.astype(high), g_THD.astype(high))
+  count = len(q_THD)
+  delta_HT = jnp.einsum("thd,thd->ht", saved.out_THD.astype(high), g_THD.astype(high))
+  q_HTD, k_HED, v_HED, g_HTD = map(_by_heads, (q_THD, k_EHD, v_EHD, g_THD))
 
-  def slopes(q_CBHD, k_CKHD, v_CKHD, row_CB, inside_CB, key_CK):
-    """(weight, d loss / d score, buckets, gradient of the output's rows) of one pair of tiles."""
-    score, seen, found = _scores(form, tables, plan, q_CBHD, k_CKHD, row_CB, inside_CB, key_CK)
-    g_CBHD = _take(g_THD, row_CB, inside_CB)
-    pull = jnp.einsum("cbhd,ckhd->chbk", g_CBHD, v_CKHD)
-    if form.softmax:
-      log, delta = (
-        jnp.swapaxes(_take(x, row_CB, inside_CB), 1, 2)[..., None] for x in (saved.log_TH, delta_TH)
-      )
-      weight = jnp.where(seen, jnp.exp(jnp.where(seen, score, 0) - log), 0)
-      slope = jnp.where(seen, weight * (pull - delta), 0)
-    else:
-      f = POINTWISE[form.activation]
-      gain = _take(plan.gain_T, row_CB, inside_CB).astype(high)[:, None, :, None]
-      weight = jnp.where(seen, f.value(score, jax.nn.sigmoid) * gain, 0)
-      slope = jnp.where(seen, f.slope(score, jax.nn.sigmoid) * gain * pull, 0)
-    return weight, slope, found, g_CBHD
+  def of_keys(some, carry):
+    key_CK, there_CK = _rows(some.start_N, some.stop_N, BLOCK_K)
+    # A tile that nothing sees may hold anything, and no slope of 0 takes that away.
+    seen_CK = there_CK & (some.first_N < some.last_N)[:, None]
+    k_CHKD, v_CHKD = (_take_heads(x, key_CK, seen_CK) for x in (k_HED, v_HED))
 
-  def of_queries(some, carry):
-    row_CB, inside_CB = _rows(some.start_N, some.stop_N, BLOCK_Q)
-    q_CBHD = _take(q_THD, row_CB, inside_CB)
-
-    def of_keys(key_CK, there_CK, sums):
-      dq_CHBD, dtables = sums
-      k_CKHD, v_CKHD = (_take(x, key_CK, there_CK) for x in (k_EHD, v_EHD))
-      _, slope, found, _ = slopes(q_CBHD, k_CKHD, v_CKHD, row_CB, inside_CB, key_CK)
+    def of_queries(row_CB, inside_CB, sums):
+      dq_HTD, dk_CHKD, dv_CHKD, dtables = sums
+      q_CHBD, g_CHBD = (_take_heads(x, row_CB, inside_CB) for x in (q_HTD, g_HTD))
+      score, seen, found = _scores(form, tables, plan, q_CHBD, k_CHKD, row_CB, inside_CB, key_CK)
+      pull = jnp.einsum("chbd,chkd->chbk", g_CHBD, v_CHKD)
+      if form.softmax:
+        log, delta = (
+          _take_heads(x, row_CB, inside_CB)[..., None] for x in (saved.log_TH.T, delta_HT)
+        )
+        weight = jnp.where(seen, jnp.exp(jnp.where(seen, score, 0) - log), 0)
+        slope = jnp.where(seen, weight * (pull - delta), 0)
+      else:
+        f = POINTWISE[form.activation]
+        gain = _take(plan.gain_T, row_CB, inside_CB).astype(high)[:, None, :, None]
+        weight = jnp.where(seen, f.value(score, jax.nn.sigmoid) * gain, 0)
+        slope = jnp.where(seen, f.slope(score, jax.nn.sigmoid) * gain * pull, 0)
       dtables = tuple(
         d + jnp.einsum("chbk,cbkn->hn", slope, jax.nn.one_hot(bucket, d.shape[1], dtype=high))
         for d, bucket in zip(dtables, found)
       )
-      dq = jnp.einsum("chbk,ckhd->chbd", slope, k_CKHD)
-      return dq_CHBD + dq, dtables
+      dq_HTD = _add(dq_HTD, row_CB[:, 0], jnp.einsum("chbk,chkd->chbd", slope, k_CHKD))
+      total = lambda x, y: jnp.einsum("chkb,chbd->chkd", _turned(x), y)
+      return dq_HTD, dk_CHKD + total(slope, q_CHBD), dv_CHKD + total(weight, g_CHBD), dtables
 
-    dq_THD, dtables = carry
-    start = jnp.zeros((AT_A_TIME, heads, BLOCK_Q, width), high), dtables
-    dq_CHBD, dtables = _over_other(some, BLOCK_K, of_keys, start)
-    dq_CBHD = (jnp.swapaxes(dq_CHBD, 1, 2) * form.scale).astype(q_THD.dtype)
-    row_CB = jnp.where(inside_CB, row_CB, len(q_THD))
-    return dq_THD.at[row_CB].set(dq_CBHD, mode="drop"), dtables
-
-  def of_keys(some, carry):
-    key_CK, there_CK = _rows(some.start_N, some.stop_N, BLOCK_K)
-    k_CKHD, v_CKHD = (_take(x, key_CK, there_CK) for x in (k_EHD, v_EHD))
-
-    def of_queries(row_CB, inside_CB, sums):
-      dk_CHKD, dv_CHKD = sums
-      q_CBHD = _take(q_THD, row_CB, inside_CB)
-      weight, slope, _, g_CBHD = slopes(q_CBHD, k_CKHD, v_CKHD, row_CB, inside_CB, key_CK)
-      total = lambda x, y: jnp.einsum("chkb,cbhd->chkd", _turned(x), y)
-      dk = total(slope, q_CBHD)
-      return dk_CHKD + dk, dv_CHKD + total(weight, g_CBHD)
-
+    dq_HTD, dk_HED, dv_HED, dtables = carry
     zero = jnp.zeros((AT_A_TIME, heads, BLOCK_K, width), high)
-    dk_CHKD, dv_CHKD = _over_other(some, BLOCK_Q, of_queries, (zero, zero))
-    key_CK = jnp.where(there_CK, key_CK, len(k_EHD))
-    write = lambda x_EHD, dx_CHKD: x_EHD.at[key_CK].set(
-      jnp.swapaxes(dx_CHKD, 1, 2).astype(x_EHD.dtype), mode="drop"
-    )
-    dk_EHD, dv_EHD = carry
-    return write(dk_EHD, dk_CHKD * form.scale), write(dv_EHD, dv_CHKD)
+    start = dq_HTD, zero, zero, dtables
+    dq_HTD, dk_CHKD, dv_CHKD, dtables = _over_other(some, BLOCK_Q, of_queries, start)
+    dk_HED = _write(dk_HED, key_CK, there_CK, dk_CHKD * form.scale)
+    return dq_HTD, dk_HED, _write(dv_HED, key_CK, there_CK, dv_CHKD), dtables
 
   zeros = tuple(jnp.zeros(table_HN.shape, high) for table_HN in tables)
-  cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, BLOCK_Q)
-  dq_THD, dtables = _over_tiles(cut, of_queries, (jnp.zeros_like(q_THD), zeros))
   cut = tiles.key_tiles(plan.kv_offsets_S1, plan.lo_T, plan.hi_T, len(k_EHD), BLOCK_K)
-  start = jnp.zeros_like(k_EHD), jnp.zeros_like(v_EHD)
-  return Gradients(dq_THD, *_over_tiles(cut, of_keys, start), dtables)
+  dq_HTD = jnp.zeros((heads, count + BLOCK_Q, width), high)  # Room for a tile at the last row.
+  start = dq_HTD, jnp.zeros_like(k_HED), jnp.zeros_like(v_HED), zeros
+  dq_HTD, dk_HED, dv_HED, dtables = _over_tiles(cut, of_keys, start)
+  dq_HTD = (dq_HTD[:, :count] * form.scale).astype(q_THD.dtype)
+  return Gradients(*(jnp.swapaxes(x, 0, 1) for x in (dq_HTD, dk_HED, dv_HED)), dtables)
