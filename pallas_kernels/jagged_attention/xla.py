@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.jagged_attention import tiles
 from pallas_kernels.jagged_attention.activation import POINTWISE
 from pallas_kernels.jagged_attention.form import Form, Gradients, Plan, Saved, wide
 
-BLOCK_Q, BLOCK_K = 64, 64
-AT_A_TIME = 8  # C: enough that the loop costs nothing, few enough that their costs are equal.
+BLOCKS = 16, 64  # The least and the greatest rows of a tile.
+AT_ONCE = 2**15  # Pairs of rows: enough that the loop costs nothing, few enough to stay in a cache.
+
+
+def _block(rows: int, offsets_S1: jax.Array) -> int:
+  """About the mean length of a segment: of longer tiles most pairs would be of two segments."""
+  mean = -(-rows // (len(offsets_S1) - 1))
+  return min(max(pl.next_power_of_2(mean), BLOCKS[0]), BLOCKS[1])
 
 
 def _by_heads(x_THD: jax.Array) -> jax.Array:
@@ -59,12 +66,12 @@ def _scores(form: Form, tables, plan: Plan, q_CHBD, k_CHKD, row_CB, inside_CB, k
   return score, seen[:, None], tuple(found)
 
 
-def _over_tiles(cut: tiles.Tiles, body, carry):
+def _over_tiles(cut: tiles.Tiles, at_once: int, body, carry):
   """carry = body(the next C tiles, carry), for as long as they have anything to visit."""
   number = len(cut.start_N)
-  chunks = -(-number // AT_A_TIME)
-  room = chunks * AT_A_TIME - number
-  cut = tiles.Tiles(*(jnp.pad(x, (0, room)).reshape(chunks, AT_A_TIME) for x in cut))
+  C = min(at_once, number)
+  chunks = -(-number // C)
+  cut = tiles.Tiles(*(jnp.pad(x, (0, chunks * C - number)).reshape(chunks, C) for x in cut))
   used = jnp.sum(jnp.any(cut.first_N < cut.last_N, axis=1))  # The costliest come first.
   step = lambda i, carry: body(tiles.Tiles(*(x[i] for x in cut)), carry)
   return jax.lax.fori_loop(0, used, step, carry)
@@ -88,9 +95,11 @@ def _turned(x_CHBK: jax.Array) -> jax.Array:
 
 def _write(x_HTD: jax.Array, row_CB, inside_CB, y_CHBD: jax.Array) -> jax.Array:
   """x with the rows y in their places, each of which is written once."""
-  row_CB = jnp.where(inside_CB, row_CB, x_HTD.shape[1])
-  y_HCBD = jnp.moveaxis(y_CHBD, 1, 0).astype(x_HTD.dtype)
-  return x_HTD.at[:, row_CB].set(y_HCBD, mode="drop")
+  heads, count, width = x_HTD.shape
+  row_CHB = row_CB[:, None] + count * jnp.arange(heads, dtype=jnp.int32)[:, None]
+  row_CHB = jnp.where(inside_CB[:, None], row_CHB, heads * count)
+  x_RD = x_HTD.reshape(-1, width).at[row_CHB].set(y_CHBD.astype(x_HTD.dtype), mode="drop")
+  return x_RD.reshape(x_HTD.shape)
 
 
 def _add(x_HTD: jax.Array, start_C: jax.Array, y_CHBD: jax.Array) -> jax.Array:
@@ -106,11 +115,11 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
   """The output, and of a softmax the logarithm of its denominators."""
   high = wide(q_THD)
   heads, width = q_THD.shape[1:]
-  shape = (AT_A_TIME, heads, BLOCK_Q)
+  Q, K = _block(len(q_THD), plan.q_offsets_S1), _block(len(k_EHD), plan.kv_offsets_S1)
   q_HTD, k_HED, v_HED = map(_by_heads, (q_THD, k_EHD, v_EHD))
 
   def of_queries(some, carry):
-    row_CB, inside_CB = _rows(some.start_N, some.stop_N, BLOCK_Q)
+    row_CB, inside_CB = _rows(some.start_N, some.stop_N, Q)
     q_CHBD = _take_heads(q_HTD, row_CB, inside_CB)
     gain_CB = _take(plan.gain_T, row_CB, inside_CB).astype(high)
 
@@ -133,12 +142,13 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
       out_CHBD += jnp.einsum("chbk,chkd->chbd", weight, v_CHKD)
       return out_CHBD, top_CHB, sum_CHB
 
+    shape = (len(row_CB), heads, Q)
     start = (
       jnp.zeros((*shape, width), high),
       jnp.full(shape, -jnp.inf, high),
       jnp.zeros(shape, high),
     )
-    out_CHBD, top_CHB, sum_CHB = _over_other(some, BLOCK_K, of_keys, start)
+    out_CHBD, top_CHB, sum_CHB = _over_other(some, K, of_keys, start)
     out_HTD, log_TH = carry
     if form.softmax:
       sum_CHB = jnp.where(sum_CHB > 0, sum_CHB, 1)
@@ -148,10 +158,10 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
       log_TH = log_TH.at[own_CB].set(jnp.swapaxes(log_CHB, 1, 2), mode="drop")
     return _write(out_HTD, row_CB, inside_CB, out_CHBD), log_TH
 
-  cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, BLOCK_Q)
+  cut = tiles.query_tiles(plan.q_offsets_S1, plan.lo_T, plan.hi_T, Q)
   logs = q_THD.shape[:2] if form.softmax else (0, 0)
   start = jnp.zeros_like(q_HTD), jnp.zeros(logs, high)
-  out_HTD, log_TH = _over_tiles(cut, of_queries, start)
+  out_HTD, log_TH = _over_tiles(cut, AT_ONCE // (Q * K), of_queries, start)
   return Saved(jnp.swapaxes(out_HTD, 0, 1), log_TH)
 
 
@@ -160,11 +170,12 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
   high = wide(q_THD)
   heads, width = q_THD.shape[1:]
   count = len(q_THD)
+  Q, K = _block(count, plan.q_offsets_S1), _block(len(k_EHD), plan.kv_offsets_S1)
   delta_HT = jnp.einsum("thd,thd->ht", saved.out_THD.astype(high), g_THD.astype(high))
   q_HTD, k_HED, v_HED, g_HTD = map(_by_heads, (q_THD, k_EHD, v_EHD, g_THD))
 
   def of_keys(some, carry):
-    key_CK, there_CK = _rows(some.start_N, some.stop_N, BLOCK_K)
+    key_CK, there_CK = _rows(some.start_N, some.stop_N, K)
     # A tile that nothing sees may hold anything, and no slope of 0 takes that away.
     seen_CK = there_CK & (some.first_N < some.last_N)[:, None]
     k_CHKD, v_CHKD = (_take_heads(x, key_CK, seen_CK) for x in (k_HED, v_HED))
@@ -194,16 +205,16 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
       return dq_HTD, dk_CHKD + total(slope, q_CHBD), dv_CHKD + total(weight, g_CHBD), dtables
 
     dq_HTD, dk_HED, dv_HED, dtables = carry
-    zero = jnp.zeros((AT_A_TIME, heads, BLOCK_K, width), high)
+    zero = jnp.zeros((len(key_CK), heads, K, width), high)
     start = dq_HTD, zero, zero, dtables
-    dq_HTD, dk_CHKD, dv_CHKD, dtables = _over_other(some, BLOCK_Q, of_queries, start)
+    dq_HTD, dk_CHKD, dv_CHKD, dtables = _over_other(some, Q, of_queries, start)
     dk_HED = _write(dk_HED, key_CK, there_CK, dk_CHKD * form.scale)
     return dq_HTD, dk_HED, _write(dv_HED, key_CK, there_CK, dv_CHKD), dtables
 
   zeros = tuple(jnp.zeros(table_HN.shape, high) for table_HN in tables)
-  cut = tiles.key_tiles(plan.kv_offsets_S1, plan.lo_T, plan.hi_T, len(k_EHD), BLOCK_K)
-  dq_HTD = jnp.zeros((heads, count + BLOCK_Q, width), high)  # Room for a tile at the last row.
+  cut = tiles.key_tiles(plan.kv_offsets_S1, plan.lo_T, plan.hi_T, len(k_EHD), K)
+  dq_HTD = jnp.zeros((heads, count + Q, width), high)  # Room for a tile at the last row.
   start = dq_HTD, jnp.zeros_like(k_HED), jnp.zeros_like(v_HED), zeros
-  dq_HTD, dk_HED, dv_HED, dtables = _over_tiles(cut, of_keys, start)
+  dq_HTD, dk_HED, dv_HED, dtables = _over_tiles(cut, AT_ONCE // (Q * K), of_keys, start)
   dq_HTD = (dq_HTD[:, :count] * form.scale).astype(q_THD.dtype)
   return Gradients(*(jnp.swapaxes(x, 0, 1) for x in (dq_HTD, dk_HED, dv_HED)), dtables)
