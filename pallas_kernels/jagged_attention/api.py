@@ -56,7 +56,8 @@ def jagged_attention(
     q_THD, k_EHD, v_EHD: bf16, fp16 or float32, all the same. Kernels round f(s) / norm to it, so
       that it must stay below 65,504 in fp16, and multiply float32 as TF32. Rows outside the
       segments may hold anything; their output and gradients are 0. A NaN inside a segment may
-      spread to short ones beside it, which share its tiles. A query that sees no key has output 0.
+      spread to short ones beside it, which share its tiles, and in Mosaic to any beside it. A query
+      that sees no key has output 0.
     q_offsets_S1: int32, rising; segment s has the queries [q_offsets[s], q_offsets[s + 1]). What
       reaches beyond the array is cut at its end.
     kv_offsets_S1: The same of keys; None for self-attention, where T must equal E.
@@ -74,7 +75,7 @@ def jagged_attention(
     qk_norm: (gain_D of queries, gain_D of keys): RMS norm of each head before the product.
     rope: Base of rotary positions, such as 10000; None for none. D must be even.
     implementation: See dispatch.py; "mosaic" is for Hopper, in bf16 and fp16, widths of 64, 128 and
-      256 and without biases; at 256 its backward pass is Triton's.
+      256 and without biases; its backward pass is Triton's at 256, and in fp16 but for the softmax.
 
   Returns:
     out_THD in the dtype of q.
@@ -178,7 +179,7 @@ def _attend_backward(form, implementation, residuals, g_THD):
   if implementation == "mosaic":
     from pallas_kernels.jagged_attention import mosaic_backward
 
-    if q_THD.shape[2] in mosaic_backward.WIDTHS:
+    if mosaic_backward.serves(form, q_THD):
       known["mosaic"] = functools.partial(mosaic_backward.backward, form)
   args = (*residuals, jnp.asarray(g_THD))
   found = dispatch(_OP, implementation, known, *args, refusal=refusal)

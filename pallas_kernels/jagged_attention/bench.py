@@ -171,6 +171,7 @@ def gpu_rows() -> Iterator[dict[str, Any]]:
     ("8x4096_w128", np.full(8, 4_096), 8, 128),
     ("8x4096_w64", np.full(8, 4_096), 8, 64),
     ("2x16384_w128", np.full(2, 16_384), 8, 128),
+    ("2x16384_w64", np.full(2, 16_384), 8, 64),
     ("2x16384_w256", np.full(2, 16_384), 4, 256),
     ("zipf_w128", shapes.lengths("zipf_mean100", False) * 8, 8, 128),
   ):

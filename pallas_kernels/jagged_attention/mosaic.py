@@ -62,6 +62,8 @@ def launch(width: int) -> Launch:
 
 def refusal(q_THD: jax.Array, k_EHD: jax.Array, tables: tuple[jax.Array, ...]) -> str | None:
   """Why the kernel cannot do it; None where it can."""
+  if jax.config.jax_enable_x64:
+    return "it counts in 32 bits, and jax_enable_x64 makes counters of 64"
   if q_THD.dtype not in (jnp.bfloat16, jnp.float16):
     return f"its dtypes are bfloat16 and float16, not {q_THD.dtype}"
   if q_THD.shape[2] not in WIDTHS:

@@ -38,6 +38,14 @@ WIDTHS = (64, 128)  # The sums of a key's gradients take a width's registers twi
 KERNELS = "jagged_attention_backward_queries_mosaic", "jagged_attention_backward_keys_mosaic"
 
 
+def serves(form: Form, q_THD: jax.Array) -> bool:
+  """Whether these kernels have the gradients, of what the forward pass does not refuse.
+
+  Gains scale g before it is rounded, for which float16 has too few exponents.
+  """
+  return q_THD.shape[2] in WIDTHS and (form.softmax or q_THD.dtype == jnp.bfloat16)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Launch:
   """Rows of a place in the ring, and places."""
@@ -166,7 +174,6 @@ def backward(
   sees_T = plan.lo_T < plan.hi_T
   scale, gain = jnp.float32(form.scale), jnp.float32(1)
   if form.softmax:
-    # Where nothing is seen the gradient of the output may be NaN, and no weight of 0 takes it away.
     delta_HT = jnp.einsum("thd,thd->ht", saved.out_THD, g_THD, preferred_element_type=jnp.float32)
     terms = (jnp.stack([saved.log_TH.T * LOG2_E, jnp.where(sees_T, delta_HT, 0)], axis=1),)
   else:
@@ -175,6 +182,8 @@ def backward(
     gain = jnp.max(jnp.where(sees_T, plan.gain_T, 0))
     share_T = plan.gain_T / jnp.where(gain > 0, gain, 1)
     g_THD = (g_THD * share_T[:, None, None]).astype(g_THD.dtype)
+  # What sees nothing may be NaN, and no weight of 0 takes that away.
+  g_THD = jnp.where(sees_T[:, None, None], g_THD, 0)
   of_queries = (q_THD, g_THD), plan.q_offsets_S1
   of_keys = (k_EHD, v_EHD), plan.kv_offsets_S1
   run = functools.partial(_call, form, jnp.stack([scale, gain]), interpret=interpret)

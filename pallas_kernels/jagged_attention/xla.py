@@ -163,7 +163,10 @@ def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
 
 
 def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, g_THD) -> Gradients:
-  """Tiles of keys go over the queries that see them, to whose gradients they add in turn."""
+  """Tiles of keys go over the queries that see them, to whose gradients they add in turn.
+
+  In an order that depends on the lengths of all segments, and so do the last bits of these.
+  """
   high = wide(q_THD)
   heads, width = q_THD.shape[1:]
   count = len(q_THD)
@@ -183,6 +186,7 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
       # All pairs lie (K, B), so that the sums of keys and values are products as they lie.
       args = form, tables, plan, q_CHBD, k_CHKD, row_CB, inside_CB, key_CK
       score, seen, found = _scores(*args, turned=True)
+      seen &= seen_CK[:, None, :, None]
       pull = jnp.einsum("chbd,chkd->chkb", g_CHBD, v_CHKD)
       if form.softmax:
         log, delta = (
@@ -199,7 +203,9 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
         d + jnp.einsum("chkb,ckbn->hn", slope, jax.nn.one_hot(bucket, d.shape[1], dtype=high))
         for d, bucket in zip(dtables, found)
       )
-      dq_HTD = _add(dq_HTD, row_CB[:, 0], jnp.einsum("chkb,chkd->chbd", slope, k_CHKD))
+      dq_CHBD = jnp.einsum("chkb,chkd->chbd", slope, k_CHKD)
+      dq_CHBD = jnp.where(inside_CB[:, None, :, None], dq_CHBD, 0)  # A NaN of k stays with its own.
+      dq_HTD = _add(dq_HTD, row_CB[:, 0], dq_CHBD)
       total = functools.partial(jnp.einsum, "chkb,chbd->chkd")
       return dq_HTD, dk_CHKD + total(slope, q_CHBD), dv_CHKD + total(weight, g_CHBD), dtables
 

@@ -19,6 +19,7 @@ from attention_cases import (
   case_of,
   expected,
   jagged,
+  make_biases,
   padded,
   program,
   run,
@@ -28,6 +29,7 @@ from compiled_quickly import ON_GPU
 
 from pallas_kernels.case import LENGTHS, offsets
 from pallas_kernels.jagged_attention.api import jagged_attention
+from pallas_kernels.jagged_attention.bias import Buckets, RelativeBias
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -135,6 +137,41 @@ def test_candidates_of_one_request_share_its_keys(implementation):
   found = with_gradient(fn, g)(q, k, v)
   *wanted, _ = oracle.attend(q, k, v, g, q_offsets, kv_offsets, kv_segment=kv_segment_S, **shared)
   assert_close((map(np.asarray, found), ()), (wanted, ()), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_bias_where_segments_share_keys_in_any_order(implementation):
+  kv_segment_S = np.array([2, 0, 0, 1, 1, 0], np.int32)
+  q, k, v, g, q_offsets, kv_offsets = case = jagged(
+    np.array([2, 9, 70, 1, 65, 4]), kv_length_S=np.array([65, 130, 7])
+  )
+  biases = make_biases([(2, True, 24)], len(q), len(k), q.shape[1])
+  ((table, q_T, kv_E, bits, signed),) = biases
+
+  def fn(q, k, v, table):
+    bias = RelativeBias(table, q_T, kv_E, Buckets(bits, signed))
+    options = {"kv_segment_S": kv_segment_S, "implementation": implementation}
+    return jagged_attention(q, k, v, q_offsets, kv_offsets, biases=[bias], **options)
+
+  *found, dtable = with_gradient(fn, g)(q, k, v, table)
+  *wanted, dtables = oracle.attend(*case, kv_segment=kv_segment_S, biases=biases)
+  found = map(np.asarray, found), [np.asarray(dtable)]
+  assert_close(found, (wanted, dtables), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("of", range(4), ids="qkvg")
+@pytest.mark.parametrize("implementation", ("xla", "triton"))
+def test_a_nan_does_not_reach_another_long_segment(implementation, of):
+  """Those that are as long as a tile share none."""
+  *arrays, q_offsets, kv_offsets = jagged(np.array([70, 70, 70, 70, 70, 300, 300]))
+  arrays[of] = arrays[of].copy()
+  arrays[of][q_offsets[1] + 5] = np.nan
+  fn = lambda q, k, v: jagged_attention(
+    q, k, v, q_offsets, kv_offsets, implementation=implementation
+  )
+  for x in with_gradient(fn, arrays[3])(*arrays[:3]):
+    others = np.delete(np.asarray(x), np.r_[q_offsets[1] : q_offsets[2]], axis=0)
+    assert np.isfinite(others).all()
 
 
 @pytest.mark.parametrize("implementation", ("xla", "triton"))

@@ -2,16 +2,19 @@
 
 import functools
 
+import attention_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import TOLERANCE, assert_close, jagged, with_gradient
 from mosaic_cases import MASKS, STARTS, inputs, interpreted, plan_of  # noqa: F401
 from test_jagged_attention_mosaic import function
 
 from pallas_kernels.deviceless.compile import compile_kernels
 from pallas_kernels.deviceless.target import TARGETS, has_cuda_wheels
 from pallas_kernels.jagged_attention import mosaic_backward, mosaic_shapes
+from pallas_kernels.jagged_attention.api import jagged_attention
 from pallas_kernels.jagged_attention.form import Form, Plan, Saved
 
 
@@ -55,7 +58,7 @@ def oracle(form: Form, plan: Plan, q_THD, k_EHD, v_EHD, g_THD):
     ("softmax", 0.125, 64, "bfloat16", "empty"),
     ("softmax", -0.1, 128, "float16", "block"),
     ("silu", 0.3, 128, "bfloat16", "self"),
-    ("gelu", 0.3, 64, "float16", "long"),
+    ("gelu", 0.3, 64, "bfloat16", "long"),
   ],
 )
 def test_gradients(activation, scale, width, dtype, mask):
@@ -75,6 +78,31 @@ def test_gradients(activation, scale, width, dtype, mask):
     off = np.abs(np.asarray(x, np.float64) - wanted)
     assert (off <= 1.6 * float(jnp.finfo(dtype).eps) * size + 1e-6).all(), off.max()
   assert STARTS and all(start % 8 == 0 for start in STARTS)
+
+
+def test_segments_that_share_keys_through_the_op():
+  q_length_S, kv_length_S = np.array([2, 9, 70, 1, 65, 4]), np.array([65, 130, 7])
+  kv_segment_S = np.array([2, 0, 0, 1, 1, 0], np.int32)
+  *arrays, q_offsets, kv_offsets = jagged(
+    q_length_S, kv_length_S=kv_length_S, width=64, dtype="bfloat16"
+  )
+  options = {"activation": "relu2", "norm": "length", "scale": 0.1, "window": 60}
+  fn = lambda q, k, v: jagged_attention(
+    q, k, v, q_offsets, kv_offsets, kv_segment_S=kv_segment_S, implementation="mosaic", **options
+  )
+  found = with_gradient(fn, arrays[3])(*arrays[:3])
+  *wanted, _ = attention_oracle.attend(
+    *arrays, q_offsets, kv_offsets, kv_segment=kv_segment_S, **options
+  )
+  assert_close((map(np.asarray, found), ()), (wanted, ()), TOLERANCE["bfloat16"])
+
+
+def test_triton_has_the_other_gradients():
+  q_THD = jnp.zeros((8, 2, 64), jnp.float16)
+  softmax, silu = Form("softmax", 1.0), Form("silu", 1.0)
+  assert mosaic_backward.serves(softmax, q_THD) and not mosaic_backward.serves(silu, q_THD)
+  assert mosaic_backward.serves(silu, q_THD.astype(jnp.bfloat16))
+  assert not mosaic_backward.serves(softmax, jnp.zeros((8, 2, 256), jnp.float16))
 
 
 @pytest.mark.skipif(not has_cuda_wheels(), reason="the CUDA wheels, which compile, are absent")
