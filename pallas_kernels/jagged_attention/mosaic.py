@@ -91,10 +91,8 @@ def _kernel(form: Form, shape: Launch, heads: int, on, *refs):
   out_ref, log_ref, *scratch = refs if form.softmax else (refs[0], None, *refs[1:])
   limits_smem, row_smem, q_smem, k_smem, v_smem, out_smem, *barriers = scratch
   ready, loaded, k_filled, v_filled, k_freed, v_freed = barriers
-  program, group = lax.axis_index("program"), lax.axis_index("group")
-  tile, head = lax.div(program, heads), lax.rem(program, heads)
-  start, stop, first, last, inner_first, inner_last = (ref[tile] for ref in tile_refs)
-  steps = lax.div(last - first + shape.keys - 1, shape.keys)
+  group, tile, head, visit, steps = mosaic_rows.work(tile_refs, heads, shape.keys)
+  start, stop, first, _, inner_first, inner_last = visit
   alive = start < stop
 
   @pl.when(alive & (group == GROUPS))

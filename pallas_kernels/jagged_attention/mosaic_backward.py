@@ -79,10 +79,8 @@ def _kernel(form: Form, shape: Launch, heads: int, keyed: bool, on, *refs):
   out_refs, refs = refs[: 1 + keyed], refs[1 + keyed :]
   (limits_smem, *terms_smem), refs = refs[:count], refs[count:]
   a_smem, b_smem, x_smem, y_smem, stage, ready, loaded, filled, freed = refs
-  program, group = lax.axis_index("program"), lax.axis_index("group")
-  tile, head = lax.div(program, heads), lax.rem(program, heads)
-  start, stop, first, last, inner_first, inner_last = (ref[tile] for ref in tile_refs)
-  steps = lax.div(last - first + shape.rows - 1, shape.rows)
+  group, tile, head, visit, steps = mosaic_rows.work(tile_refs, heads, shape.rows)
+  start, stop, first, _, inner_first, inner_last = visit
   alive = start < stop
 
   @pl.when(alive & (group == GROUPS))

@@ -39,6 +39,15 @@ def padded(x_T: jax.Array) -> jax.Array:
   return jnp.pad(x_T, ((0, room), *((0, 0),) * (x_T.ndim - 1))) if room else x_T
 
 
+def work(tile_refs, heads: int, rows: int):
+  """(group, tile, head, what the tile visits, in how many steps of so many rows) of a program."""
+  program = lax.axis_index("program")
+  tile, head = lax.div(program, heads), lax.rem(program, heads)
+  visit = tiles.Tiles(*(ref[tile] for ref in tile_refs))
+  steps = lax.div(visit.last_N - visit.first_N + rows - 1, rows)
+  return lax.axis_index("group"), tile, head, visit, steps
+
+
 def across(x, like, axis: int = 0):
   """A vector along an axis of the matrix `like`, repeated over the other."""
   return lax.broadcast_in_dim(x, like.shape, (axis,))

@@ -41,14 +41,19 @@ def _take(x_T: jax.Array, row_CB: jax.Array, inside_CB: jax.Array) -> jax.Array:
   return jnp.where(inside_CB, x_T.at[row_CB].get(mode="clip"), 0)
 
 
+def _flat(x_HT: jax.Array, row_CB: jax.Array) -> jax.Array:
+  """row_CHB: where rows of each head lie in (H T, ...)."""
+  heads, count = x_HT.shape[:2]
+  return row_CB[:, None] + count * jnp.arange(heads, dtype=jnp.int32)[:, None]
+
+
 def _take_heads(x_HT: jax.Array, row_CB: jax.Array, inside_CB: jax.Array) -> jax.Array:
   """(C, H, B) or (C, H, B, D) of (H, T) or (H, T, D), in full precision; 0 where not inside."""
-  heads, count, *width = x_HT.shape
-  row_CHB = row_CB[:, None] + count * jnp.arange(heads, dtype=jnp.int32)[:, None]
-  row_CHB = jnp.where(inside_CB[:, None], row_CHB, 0)
-  x = x_HT.reshape(-1, *width).at[row_CHB].get(mode="clip")
+  inside_C1B = inside_CB[:, None]
+  row_CHB = jnp.where(inside_C1B, _flat(x_HT, row_CB), 0)
+  x = x_HT.reshape(-1, *x_HT.shape[2:]).at[row_CHB].get(mode="clip")
   x = x.astype(wide(x))  # XLA has no product of bf16 tiles with float32 sums on a CPU.
-  return jnp.where(inside_CB[:, None].reshape(inside_CB.shape[0], 1, -1, *(1 for _ in width)), x, 0)
+  return jnp.where(jnp.expand_dims(inside_C1B, range(3, x.ndim)), x, 0)
 
 
 def _scores(form: Form, tables, plan: Plan, q_CHBD, k_CHKD, row_CB, inside_CB, key_CK, turned):
@@ -91,10 +96,9 @@ def _over_other(some: tiles.Tiles, block: int, body, carry):
 
 def _write(x_HTD: jax.Array, row_CB, inside_CB, y_CHBD: jax.Array) -> jax.Array:
   """x with the rows y in their places, each of which is written once."""
-  heads, count, width = x_HTD.shape
-  row_CHB = row_CB[:, None] + count * jnp.arange(heads, dtype=jnp.int32)[:, None]
-  row_CHB = jnp.where(inside_CB[:, None], row_CHB, heads * count)
-  x_RD = x_HTD.reshape(-1, width).at[row_CHB].set(y_CHBD.astype(x_HTD.dtype), mode="drop")
+  x_RD = x_HTD.reshape(-1, x_HTD.shape[2])
+  row_CHB = jnp.where(inside_CB[:, None], _flat(x_HTD, row_CB), len(x_RD))
+  x_RD = x_RD.at[row_CHB].set(y_CHBD.astype(x_HTD.dtype), mode="drop")
   return x_RD.reshape(x_HTD.shape)
 
 
