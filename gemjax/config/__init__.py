@@ -9,6 +9,7 @@ from gemjax.config.experiment import DATA as DATA
 from gemjax.config.experiment import FREE_ON_RESUME as FREE_ON_RESUME
 from gemjax.config.experiment import MODEL as MODEL
 from gemjax.config.experiment import Checkpoint as Checkpoint
+from gemjax.config.experiment import Compilation as Compilation
 from gemjax.config.experiment import Config as Config
 from gemjax.config.experiment import Data as Data
 from gemjax.config.experiment import Embedding as Embedding

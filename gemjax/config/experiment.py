@@ -127,6 +127,9 @@ class Compilation:
   # Where compiled programs are kept for the next start: workdir (its folder "compiled") | off | a
   # folder, which several runs may share; see gemjax/train/cache.py.
   cache: str = "workdir"
+  # Layers of equal shape that lie side by side in the program, the others being further turns of a
+  # loop; 0: few, so that it does not grow with depth. Without a loop XLA hides more communication.
+  unroll: int = 0
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -246,6 +249,8 @@ class Config:
     absolute = not local or os.path.isabs(local)
     _need(absolute, "checkpoint.local", local, "an absolute path: runs start anywhere")
     _need(every > 0 if local else every == 0, "checkpoint.local_every", every, law)
+    unroll, law = self.compilation.unroll, "at least 0, and 0 for models other than Wukong and Gem"
+    _need(unroll >= 0 and (most or not unroll), "compilation.unroll", unroll, law)
     law = "workdir, off or a folder"
     _need(self.compilation.cache, "compilation.cache", self.compilation.cache, law)
 
@@ -269,6 +274,7 @@ FREE_ON_RESUME = (
   "checkpoint.local",
   "checkpoint.local_every",
   "compilation.cache",
+  "compilation.unroll",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from gemjax import config as config_lib
 from gemjax.config import DATA, MODEL
 from gemjax.embedding.column import ColumnSharded
 from gemjax.embedding.held import Held
-from gemjax.embedding.lookup import positions
+from gemjax.embedding.lookup import Rows, positions
 from gemjax.embedding.replicated import Replicated
 from gemjax.embedding.row import RowSharded
 from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS
@@ -79,7 +79,15 @@ class ShardedTables:
     """Finds duplicates and exchanges ids."""
     return self._each(lambda s, at_M: self._placed(s).plan(at_M), positions(self.layout, batch))
 
-  def lookup(self, stacks: Stacks, plans: Plans) -> dict[str, jax.Array]:
+  def of_no_row(self, batch: Batch) -> tuple[Plans, Rows]:
+    """(plans, gradients) in the shapes of `batch`, whose update writes nothing."""
+    at = positions(self.layout, batch)
+    with jax.enable_x64(True):
+      nowhere = self._each(lambda s, at_M: jnp.full_like(at_M, s.rows), at)
+    plans = self._each(lambda s, at_M: self._placed(s).plan(at_M), nowhere)
+    return plans, self._each(lambda s, at_M: jnp.zeros((len(at_M), s.width)), at)
+
+  def lookup(self, stacks: Stacks, plans: Plans) -> Rows:
     """Stack name -> (M, W) float32 rows, in the order of `positions`."""
     return self._each(
       lambda s, stack, plan: self._placed(s).lookup(self.rule(s), stack, plan), stacks, plans
@@ -89,7 +97,7 @@ class ShardedTables:
     self,
     stacks: Stacks,
     plans: Plans,
-    grads: dict[str, jax.Array],
+    grads: Rows,
     learning_rate: jax.Array,
     key: jax.Array,
   ) -> Stacks:

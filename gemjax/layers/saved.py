@@ -33,10 +33,11 @@ class _Packed:
 
 
 class Keeping(NamedTuple):
-  """How the layers of a model keep what their backward pass needs."""
+  """How the layers of a model keep what their backward pass needs, and lie in its program."""
 
   float8: bool = False
   recomputed: int = 0  # Layers, from the first on, whose inputs alone are kept.
+  unroll: int = 0  # Layers in one turn of a loop over layers; 0: as the model has it.
 
 
 ALL = Keeping()  # As it is computed.
@@ -78,8 +79,9 @@ def scan(
     stack: Weights of all layers, of an axis more.
     shared: What every layer reads.
     first: The number of the stack's first layer in the model.
-    unroll: As in `jax.lax.scan`.
+    unroll: As in `jax.lax.scan`, unless `keeping` says.
   """
+  unroll = keeping.unroll or unroll
   count = len(jax.tree.leaves(stack)[0])
   border = min(max(keeping.recomputed - first, 0), count)
   carry = _loop(keeping, layer, carry, stack, shared, range(border), True, unroll)

@@ -104,7 +104,9 @@ class Ranker(nnx.Module):
       own["domains"] = domains
     if kind in (Wukong, Gem):
       memory = config.memory
-      own["keeping"] = Keeping(memory.activations == "float8", memory.recomputed_layers)
+      own["keeping"] = Keeping(
+        memory.activations == "float8", memory.recomputed_layers, config.compilation.unroll
+      )
       own["float8_mlp"] = config.train.float8_mlp
     self.inputs = UnitInput(
       dim=emb.dim,

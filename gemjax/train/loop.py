@@ -132,8 +132,6 @@ class _Run:
         self.progress.say(self.phases.at_first_step())
       # Where groups update tables of their own, the state is one at multiples of `apart` only.
       whole = done % self.apart == 0 or done == self.steps
-      if whole and self.apart > 1:
-        state = self.programs.average(state)
       # At whole multiples of the interval but for one shortly before the end, and at the end.
       near_end = self.steps - done < self.eval_interval / 2
       evaluating = done == self.steps or (done % self.eval_interval == 0 and not near_end)
@@ -141,6 +139,12 @@ class _Run:
       stopping = whole and self._stop_requested(done)
       lasting = evaluating or saving or stopping
       between = whole and self._due(self.config.checkpoint.local_every, done)
+      averaging = whole and self.apart > 1
+      pausing = lasting or between or averaging
+      if pausing:
+        state = self.programs.settle(state, ahead)
+      if averaging:
+        state = self.programs.average(state)
       if done % train.log_every == 0 or evaluating:
         self._log(state, done, reports)
         reports = []
@@ -151,9 +155,9 @@ class _Run:
         if evaluating:
           state = self._evaluate(state, done)
         self._save(state, done, lasting=lasting)
-        if ahead.rows is not None:  # As a run that resumes from here will read them.
-          ahead = self.programs.ahead(state, upcoming)
         start = self._clock()
+      if pausing and ahead.rows is not None:  # As a run that resumes from here will read them.
+        ahead = self.programs.ahead(state, upcoming)
       if stopping:
         self.peers.agree_to_end()
         self.recovery.end()

@@ -28,6 +28,7 @@ from gemjax.train.step import (
   look_up_step,
   plan_step,
   predict_step,
+  settle_step,
   train_step,
 )  # fmt: skip
 
@@ -56,6 +57,7 @@ class Programs:
     self._seed = np.int32(trainer.config.train.seed)
     self._plan: Compiled | None = None
     self._look_up: Compiled | None = None
+    self._settle: Compiled | None = None
     self._step: Compiled | None = None
     self._predict: Compiled | None = None
     self._born = Compiled(
@@ -83,7 +85,7 @@ class Programs:
   @property
   def compile_seconds(self) -> float:
     """Of tracing and compiling, or of loading what an earlier start has compiled."""
-    of_batches = (self._plan, self._look_up, self._step, self._predict)
+    of_batches = (self._plan, self._look_up, self._settle, self._step, self._predict)
     every = (self._born, *of_batches, self._average, self._no_sums)
     return sum(p.seconds for p in every if p is not None)
 
@@ -97,11 +99,19 @@ class Programs:
       if self._trainer.config.embedding.lookup == "ahead":
         look_up = functools.partial(look_up_step, self._trainer)
         self._look_up = Compiled("look_up", look_up, kept, varying=(1,))
+        self._settle = Compiled(
+          "settle",
+          functools.partial(settle_step, self._trainer),
+          kept,
+          varying=(1,),
+          donate=(0,),
+          out_shardings=self._shardings,
+        )
       self._step = Compiled(
         "step",
         functools.partial(train_step, self._trainer),
         kept,
-        varying=(2, 3),
+        varying=(1, 2, 3),
         donate=(0,),
         out_shardings=(self._shardings, None, None),
       )
@@ -113,8 +123,9 @@ class Programs:
     if self._look_up:
       of_ahead = lambda: (self._trainer.abstract(), ahead)
       ahead = _placed(self._look_up.prepare((ahead,), of_ahead).outputs, batch)
+      self._settle.prepare((ahead.owed,), lambda: (self._trainer.abstract(), ahead.owed))
     state = lambda: (self._trainer.abstract(), ahead, batch, upcoming)
-    self._step.prepare((batch, upcoming), state)
+    self._step.prepare((ahead, batch, upcoming), state)
 
   def prepare_to_predict(self, batch: Batch) -> None:
     """Has `predict` ready, and what else training needs."""
@@ -146,6 +157,10 @@ class Programs:
     result = self._step(state, ahead, batch, upcoming)
     self._profile.after(result)
     return result
+
+  def settle(self, state: TrainState, ahead: Ahead) -> TrainState:
+    """`settle_step`, where anything can be owed; the state is overwritten."""
+    return self._settle(state, ahead.owed) if self._settle else state
 
   def average(self, state: TrainState) -> TrainState:
     """`average_step`; the state is overwritten."""

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from gemjax import metrics
 from gemjax.config import DATA, MODEL
-from gemjax.embedding import Plans, Stacks
+from gemjax.embedding import Plans, Rows, Stacks
 from gemjax.features import Batch
 from gemjax.layers.dropout import example_keys
 from gemjax.parallel.arrays import BATCH
@@ -35,12 +35,22 @@ class Report(NamedTuple):
   exchange_rounds: jax.Array  # 1 where the capacity sufficed; 0 where nothing is exchanged.
 
 
-class Ahead(NamedTuple):
-  """What is known of a batch before its step."""
+class Owed(NamedTuple):
+  """The update of tables that the step before has left to this one."""
 
   plans: Plans
-  # Stack -> (M, W), where `embedding.lookup` is "ahead": read before the update of the step before.
-  rows: dict[str, jax.Array] | None = None
+  grads: Rows  # With respect to the looked-up rows.
+  rate_1: jax.Array  # The learning rate of that step.
+
+
+class Ahead(NamedTuple):
+  """What a step is given beside the state and its batch: what is known of that one already, and
+  where `embedding.lookup` is "ahead" its rows, and what the tables are owed.
+  """
+
+  plans: Plans
+  rows: Rows | None = None  # Read behind the update of the step before the last.
+  owed: Owed | None = None
 
 
 class _Result(NamedTuple):
@@ -61,8 +71,12 @@ def train_step(
 
   Donate the state. The gradient is taken with respect to the dense parameters and the looked-up
   rows; no array of a table's shape exists but the table itself, updated in place. The upcoming
-  batch gives its ids alone: their exchange waits for nothing in this step, nor does that of rows
-  that are looked up ahead.
+  batch gives its ids alone, whose exchange waits for nothing in this step.
+
+  With `embedding.lookup` "ahead" the tables get the gradients of the step before, then the rows of
+  the upcoming batch are read: a row is one update old, as it would be if it were read in front of
+  this step's own update, and neither exchange waits for anything in this step, nor anything in it
+  for them. The new state lacks this step's update until the next one or `settle_step`.
   """
   specs = trainer.specs
   result = _Result(
@@ -94,15 +108,30 @@ def train_step(
 
 
 def plan_step(trainer: Trainer, batch: Batch) -> Ahead:
-  """Of a batch that follows no step, without rows: its step, or `look_up_step`, reads them."""
-  return Ahead(_on_devices(trainer, trainer.tables.plan, (BATCH,), BATCH)(batch))
+  """Of a batch that follows no step: nothing is owed; its step, or `look_up_step`, reads rows."""
+
+  def plan(batch):
+    if trainer.config.embedding.lookup != "ahead":
+      return Ahead(trainer.tables.plan(batch))
+    return Ahead(trainer.tables.plan(batch), owed=_nothing(trainer, batch))
+
+  return _on_devices(trainer, plan, (BATCH,), BATCH)(batch)
 
 
 def look_up_step(trainer: Trainer, state: TrainState, ahead: Ahead) -> Ahead:
-  """With the rows as the state has them."""
+  """With the rows as the state has them, to which nothing may be owed."""
   specs = (trainer.specs.stacks, BATCH)
   look_up = _on_devices(trainer, trainer.tables.lookup, specs, BATCH)
   return ahead._replace(rows=look_up(state.stacks, ahead.plans))
+
+
+def settle_step(trainer: Trainer, state: TrainState, owed: Owed) -> TrainState:
+  """The state with what its tables are owed. Donate the state."""
+  specs = trainer.specs.stacks
+  settle = _on_devices(
+    trainer, functools.partial(_settled, trainer), (REPLICATED, REPLICATED, specs, BATCH), specs
+  )
+  return state._replace(stacks=settle(state.step, state.seed, state.stacks, owed))
 
 
 def predict_step(trainer: Trainer, state: TrainState, batch: Batch) -> jax.Array:
@@ -137,18 +166,20 @@ def bucket_step(trainer: Trainer, batch: Batch) -> dict[str, jax.Array]:
 
 def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upcoming) -> _Result:
   config, tables = trainer.config, trainer.tables
-  plans, rows = ahead
-  # A key of (seed, step): a resumed run draws what the unbroken one would have drawn.
-  key = jax.random.fold_in(jax.random.key(seed), step)
+  plans, rows, owed = ahead
+  key = _key(seed, step)
   examples = len(batch.weight_B)
   key_B = example_keys(jax.random.fold_in(key, 0), jax.lax.axis_index(ALL) * examples, examples)
   task_weight_T = jnp.array([config.train.task_weights.get(t, 1.0) for t in trainer.features.tasks])
   total_weight = jax.lax.psum(batch.weight_B.sum(), ALL)
   with jax.named_scope("plan"):
     known = Ahead(tables.plan(upcoming))
+  if owed is not None:
+    stacks = _settled(trainer, step, seed, stacks, owed)
   with jax.named_scope("lookup"):
-    rows = tables.lookup(stacks, plans) if rows is None else rows
-    if config.embedding.lookup == "ahead":
+    if rows is None:
+      rows = tables.lookup(stacks, plans)
+    if owed is not None:
       known = known._replace(rows=tables.lookup(stacks, known.plans))
 
   def loss_of(params, rows):
@@ -162,12 +193,13 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upc
   (loss, logits_BT), (dense_grad, rows_grad) = with_gradient(params, rows)
   dense_grad = reduce_gradients(dense_grad, trainer.specs.params)
   learning_rate = config.embedding.learning_rate * trainer.share(step)
-  with jax.named_scope("update"):
-    # Written out by rows: read in another order below, a sum still to be done would be done anew
-    # for every float, down the columns of units. (For XLA on CPUs see `sum_in_place`.)
-    # And behind the reads ahead of tables that are updated in place here.
-    rows_grad, _ = jax.lax.optimization_barrier((rows_grad, known.rows))
-    stacks = tables.update(stacks, plans, rows_grad, learning_rate, jax.random.fold_in(key, 1))
+  # Written out by rows: read in another order below, a sum still to be done would be done anew for
+  # every float, down the columns of units. (For XLA on CPUs see `sum_in_place`.)
+  rows_grad = jax.lax.optimization_barrier(rows_grad)
+  if owed is None:
+    stacks = _updated(trainer, stacks, plans, rows_grad, learning_rate, key)
+  else:
+    known = known._replace(owed=Owed(plans, rows_grad, learning_rate[None]))
   finite = {"loss": loss}
   for outer, tree in dense_grad.items():
     finite |= {f"gradient of {outer}.{inner}": _total(t) for inner, t in tree.items()}
@@ -176,6 +208,28 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upc
   loss, sums, finite = jax.lax.psum((loss, sums, finite), ALL)
   report = Report(loss, tables.rounds(plans))
   return _Result(dense_grad, stacks, known, sums, finite, report)
+
+
+def _key(seed, step) -> jax.Array:
+  """Of (seed, step): a resumed run draws what the unbroken one would have drawn."""
+  return jax.random.fold_in(jax.random.key(seed), step)
+
+
+@jax.named_scope("update")
+def _updated(trainer: Trainer, stacks, plans, grads, learning_rate, key) -> Stacks:
+  return trainer.tables.update(stacks, plans, grads, learning_rate, jax.random.fold_in(key, 1))
+
+
+def _settled(trainer: Trainer, step, seed, stacks, owed: Owed) -> Stacks:
+  """With what the step before `step` has left."""
+  plans, grads, (learning_rate,) = owed
+  return _updated(trainer, stacks, plans, grads, learning_rate, _key(seed, step - 1))
+
+
+def _nothing(trainer: Trainer, batch: Batch) -> Owed:
+  """An update of no row, in the shapes of that of `batch`."""
+  plans, grads = trainer.tables.of_no_row(batch)
+  return Owed(plans, grads, jnp.zeros((1,)))
 
 
 def _on_devices(trainer: Trainer, function, in_specs, out_specs):

@@ -103,10 +103,22 @@ def test_any_split_of_a_stack_computes_the_same(recomputed, unroll):
       x = layer(stack[index], x, index, keys)
     return x
 
-  keeping = Keeping(recomputed=recomputed)
-  scanned = lambda stack, x, keys: scan(keeping, layer, x, stack, keys, first=1, unroll=unroll)
-  exact, found = (gradients(f, stack, x, keys) for f in (by_hand, scanned))
-  assert distance(found, exact) < 1e-5
+  scanned = lambda asked, unroll: (
+    lambda stack, x, keys: scan(
+      Keeping(recomputed=recomputed, unroll=asked), layer, x, stack, keys, first=1, unroll=unroll
+    )
+  )
+  exact = gradients(by_hand, stack, x, keys)
+  assert distance(gradients(scanned(0, unroll), stack, x, keys), exact) < 1e-5
+  assert distance(gradients(scanned(7, unroll), stack, x, keys), exact) < 1e-5
+
+
+def test_an_unrolled_stack_has_no_loop():
+  stack, x = jnp.ones((4, 32, 32)), jnp.ones((8, 32))
+  layer = lambda w, x, index: jnp.tanh(x @ w) + index
+  of = lambda unroll: jax.jit(lambda stack, x: scan(Keeping(unroll=unroll), layer, x, stack))
+  loops = [of(unroll).lower(stack, x).as_text().count("stablehlo.while") for unroll in (0, 2, 4)]
+  assert loops == [1, 1, 0]
 
 
 def test_a_layer_that_is_not_numbered_is_never_recomputed():

@@ -139,6 +139,11 @@ def test_recomputed_layers_train_as_before_and_8_bits_nearly():
   [
     ({"model": c.Mlp(), "memory": c.Memory(activations="float8")}, "memory.activations is 'flo"),
     ({"memory": c.Memory(recomputed_layers=6)}, "memory.recomputed_layers is 6, .* at most 5"),
+    ({"compilation": c.Compilation(unroll=-1)}, "compilation.unroll is -1"),
+    (
+      {"model": c.Mlp(), "compilation": c.Compilation(unroll=2)},
+      "compilation.unroll is 2, .* other than Wukong and Gem",
+    ),
     ({"memory": c.Memory(activation_budget=-1.0)}, "memory.activation_budget is -1.0"),
     ({"model": c.Mlp(), "train": c.Train(float8_mlp=True)}, "train.float8_mlp is True"),
   ],
