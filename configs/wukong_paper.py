@@ -27,6 +27,8 @@ def get_config() -> c.Config:
     ),
     optimizer=c.Optimizer(learning_rate=1e-3, warmup=0.1),
     train=c.Train(dtype="bfloat16"),
+    # All that follow the first: as planned on 128 H100s 80.7 ms a step, in a loop 97.2.
+    compilation=c.Compilation(unroll=7),
   )
 
 

@@ -21,10 +21,6 @@ from gemjax.plan.collectives import Collective
 from gemjax.plan.rates import KERNEL_SECONDS, Rates, link_seconds
 from gemjax.plan.work import FREE, Work, kernel_name, work
 
-# XLA believes that collectives which are under way at a time do not slow each other. For the
-# paper's Wukong this made the best schedule; with 1 and 4 the step was longer by 2 and 3 %.
-QUEUED = 2
-
 # What JAX's transformations, loops and the equations of products add to an op_name.
 _WRAPPERS = re.compile(r"jit\([^()]*\)|\b(jvp|transpose|vmap|checkpoint|remat)\(|[()]")
 _PLUMBING = re.compile(
@@ -64,13 +60,16 @@ class Estimate(NamedTuple):
   transfers: tuple[Transfer, ...]
   costs: dict[str, float]  # Instruction -> seconds of one execution, of a collective on its links.
 
-  def profile(self) -> str:
+  def profile(self, queued: float = 1) -> str:
     """The costs in the form in which XLA's scheduler takes measured ones (ProfiledInstructionsProto
-    as text), by which it hides more than by those it assumes itself; collectives at QUEUED times
-    their cost.
+    as text), by which it hides more than by those it assumes itself.
+
+    Args:
+      queued: Collectives are given so many times their cost, for XLA believes that those which are
+        under way at a time do not slow each other.
     """
     links = {t.collective.name for t in self.transfers}
-    costs = {n: s * (QUEUED if n in links else 1) for n, s in self.costs.items()}
+    costs = {n: s * (queued if n in links else 1) for n, s in self.costs.items()}
     lines = (f'costs {{ name: "{n}" cost_us: {1e6 * s:.4f} }}' for n, s in costs.items())
     return "\n".join(lines) + "\n"
 

@@ -1,9 +1,10 @@
 """What narrow numbers cost in NE, on the simulator and on Frappe.
 
 Every row is `launch/train.py` run to its summary with every seed, on two virtual CPU devices that
-share the tables by row, so that rows and gradients travel. A row's figure is the mean over seeds of
-how far its test NE is above that of the row that it is held against, same seed by same seed, in
-percent, and `error` the standard error of that mean: below it a difference says nothing.
+share the tables by row, so that rows and gradients travel. A row's figures are means over seeds of
+how far its training loss and its test NE are above those of the row that it is held against, same
+seed and batches by same seed and batches, in percent, each with the standard error of that mean:
+below it a difference says nothing.
 GEMJAX_DATA is the folder that holds frappe_x1; without it the simulator is all. Finished runs in
 GEMJAX_RUNS (default runs/precision) are not repeated.
 """
@@ -60,7 +61,7 @@ SHARED = {
 
 
 def run() -> dict[str, Any]:
-  """Data set -> variant -> mean test NE and AUC, how far NE is above in percent, its error."""
+  """Data set -> variant -> means of test NE and AUC, how far above in percent, and the errors."""
   data = pathlib.Path(os.environ.get("GEMJAX_DATA", "data"))
   runs = pathlib.Path(os.environ.get("GEMJAX_RUNS", "runs/precision"))
   figures: dict[str, Any] = {}
@@ -72,25 +73,25 @@ def run() -> dict[str, Any]:
       flags = flags | {"config.data.path": (data / "frappe_x1").absolute()}
     flags = flags | SHARED
     of = lambda changes, flags=flags, name=name: [
-      _trained(runs / name, flags | changes | {"config.train.seed": seed})["test"] for seed in SEEDS
+      _trained(runs / name, flags | changes | {"config.train.seed": seed}) for seed in SEEDS
     ]
-    tests = {variant: of(changes) for variant, changes in VARIANTS.items()}
-    tests |= {variant: of({COMPUTED: HALF} | changes) for variant, changes in IN_HALF.items()}
+    found = {variant: of(changes) for variant, changes in VARIANTS.items()}
+    found |= {variant: of({COMPUTED: HALF} | changes) for variant, changes in IN_HALF.items()}
     figures[name] = {
-      variant: _against(test, tests[HALF_ROW if variant in IN_HALF else WHOLE])
-      for variant, test in tests.items()
+      variant: _against(summaries, found[HALF_ROW if variant in IN_HALF else WHOLE])
+      for variant, summaries in found.items()
     }
   return figures
 
 
-def _against(tests: list[dict[str, float]], others: list[dict[str, float]]) -> dict[str, float]:
-  above = [100 * (test["ne"] / other["ne"] - 1) for test, other in zip(tests, others, strict=True)]
-  return {
-    "ne": statistics.mean(test["ne"] for test in tests),
-    "auc": statistics.mean(test["auc"] for test in tests),
-    "percent_above": statistics.mean(above),
-    "error": statistics.stdev(above) / len(above) ** 0.5,
-  }
+def _against(summaries: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, float]:
+  figures = {name: statistics.mean(s["test"][name] for s in summaries) for name in ("ne", "auc")}
+  for split, name in (("train", "loss"), ("test", "ne")):
+    pairs = zip(summaries, others, strict=True)
+    above = [100 * (one[split][name] / other[split][name] - 1) for one, other in pairs]
+    figures[f"{split}_{name}_percent_above"] = statistics.mean(above)
+    figures[f"{split}_{name}_error"] = statistics.stdev(above) / len(above) ** 0.5
+  return figures
 
 
 def _trained(runs: pathlib.Path, flags: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_a_step_is_the_sum_of_its_kernels_and_of_what_is_not_hidden():
 
 
 def test_a_profile_tells_the_cost_of_one_execution_of_every_instruction():
-  lines = of_program().profile().splitlines()
+  lines = of_program().profile(queued=2).splitlines()
   # In microseconds; of the links twice.
   gemm, gather = 2 * 4096**3 / 1e9, 2 * (10 + 3 * 2 * 4096**2 / 4e5)
   expected = {"start": gather, "first": gemm, "new": 2, "g": gemm, "loop": 3 * gemm, "rounds": 2}

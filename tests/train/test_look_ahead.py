@@ -52,6 +52,19 @@ def test_gradients_are_those_of_tables_one_update_ago():
     np.testing.assert_allclose(stack.rows_RW, tables[name], rtol=1e-4, atol=1e-6)
 
 
+def test_tables_are_updated_in_place():
+  sizes = []
+  for rows in (100_000, 200_000):
+    t = test_step.trainer("lazy_adam", rows, lookup="ahead", l2=0.1)
+    batch, state = test_step.batch(0, rows), t.abstract()
+    ahead = jax.eval_shape(functools.partial(plan_step, t), batch)
+    ahead = jax.eval_shape(functools.partial(look_up_step, t), state, ahead)
+    step = jax.jit(functools.partial(train_step, t), donate_argnums=0)
+    compiled = step.lower(state, ahead, batch, batch).compile()
+    sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+  assert sizes[0] == sizes[1]
+
+
 @pytest.mark.skipif(not target.has_cuda_wheels(), reason="compiling for GPUs needs jax[cuda12]")
 @pytest.mark.slow
 def test_tables_are_updated_in_place_on_gpus():
