@@ -123,7 +123,7 @@ def plan_training(
     )
 
   if profile:
-    compiled = _best_scheduled(compiled, estimated, profile)
+    compiled = best_scheduled(compiled, estimated, profile)
   rows = sum(4 * count * width for count, width in look_ups(trainer, batch).values())
   temporaries = compiled.memory.temporaries
   budget = Budget(
@@ -151,7 +151,7 @@ def _lengths(config: config_lib.Config, features: FeatureSet) -> dict[str, np.nd
   return {f.name: np.full(config.data.batch_size, longest(f)) for f in features.history}
 
 
-def _best_scheduled(
+def best_scheduled(
   compiled: Compiled, estimated: Callable[[Compiled], Estimate], profile: Path
 ) -> Compiled:
   """Compiled again by the costs of its first schedule, which are written to `profile`."""
