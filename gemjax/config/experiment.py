@@ -64,8 +64,8 @@ class Embedding:
   replicated_rows: int = 1024  # Tables of at most so many rows are replicated.
   column_width: int = 2048  # Tables of at least this width are split by column.
   exchange_rows: int = 0  # Rows a pair of devices moves in one round; 0: of the first batch.
-  # exact | ahead: rows are read behind the update of the step before, or in front of it, so that
-  # their exchange hides behind that step and a row may be one update old (semi-synchronous).
+  # exact | ahead: rows are read behind the update of the step before, or in front of it, and that
+  # update is left to the step behind: both exchanges hide, and a row is one update old.
   lookup: str = "exact"
   replicas: str = "exact"  # exact | average: how the copies of the `data` axis are kept alike.
   average_every: int = 20  # Steps between two averages.

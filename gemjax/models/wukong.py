@@ -16,7 +16,7 @@
 | widths of the attentive Y's MLP                          | ours  |
 | variance 1 / fan-in for every weight, Y and W_L: fan-in n | ours  |
 | dropout after each hidden layer, feature dropout on X0   | ours  |
-| layers 2..l in one scan: compile time independent of l   | ours  |
+| layers 2..l in one scan, unless config.compilation.unroll | ours  |
 
 What open implementations do otherwise is off unless the config asks for it: a ReLU on the output
 of FMB, a bias in R, batch norm in the head, another epsilon in the norms.

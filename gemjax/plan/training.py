@@ -30,8 +30,8 @@ from gemjax.train.step import look_up_step, plan_step, train_step
 
 STEPS = 1000  # Of the schedule; the program does not depend on it.
 # What collectives are said to take, in multiples of what they do: which makes the shortest step
-# cannot be told beforehand. For the paper's Wukong on 128 H100s 1, 2, 3, 4 and 6 made 85.6, 80.7,
-# 77.0, 81.8 and 97.5 ms.
+# cannot be told beforehand. For the paper's Wukong on 128 H100s these made 82.8, 80.7, 77.0 and
+# 81.8 ms, 1 made 85.6 and 6 made 97.5.
 QUEUED = (1.5, 2, 3, 4)
 
 
@@ -125,6 +125,7 @@ def plan_training(
   if profile:
     compiled = best_scheduled(compiled, estimated, profile)
   rows = sum(4 * count * width for count, width in look_ups(trainer, batch).values())
+  inside = 0 if ahead.owed else 2 * rows  # Of temporaries; rows ahead and what is owed are not.
   temporaries = compiled.memory.temporaries
   budget = Budget(
     tables=sum(_held(stack.rows_RW) for stack in state.stacks.values()),
@@ -132,8 +133,8 @@ def plan_training(
     dense=_held(state.params),
     optimizer=_held(state.opt_state),
     batch=2 * _held(batch),
-    exchange=2 * _held(ahead) + min(2 * rows, temporaries),
-    activations=max(0, temporaries - 2 * rows),
+    exchange=2 * _held(ahead) + min(inside, temporaries),
+    activations=max(0, temporaries - inside),
   )
   once = dataclasses.replace(config.memory, recomputed_layers=0, activation_budget=0.0)
   plain = make_trainer(dataclasses.replace(config, memory=once), features, STEPS, devices)

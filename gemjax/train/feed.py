@@ -21,7 +21,7 @@ class Feed:
   """`upcoming` is the batch that `advance` returns; both are global arrays.
 
   The event capacity of a sequence or history never shrinks, so that few programs are compiled: one
-  for each new capacity, and one for the step in which it grows.
+  for each new capacity, and one for the step in which it grows, or two where rows are read ahead.
 
   Args:
     batches: This process' batches, with `get_state` and `set_state`.

@@ -139,7 +139,7 @@ class _Run:
       stopping = whole and self._stop_requested(done)
       lasting = evaluating or saving or stopping
       between = whole and self._due(self.config.checkpoint.local_every, done)
-      averaging = whole and self.apart > 1
+      averaging = whole and self.trainer.tables.averaged
       pausing = lasting or between or averaging
       if pausing:
         state = self.programs.settle(state, ahead)

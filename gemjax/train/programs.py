@@ -117,7 +117,9 @@ class Programs:
       )
 
   def prepare(self, batch: Batch, upcoming: Batch) -> None:
-    """Has `plan` and `step` ready for batches of these shapes; once measured, nothing runs."""
+    """Has `step` and what comes with it ready for batches of these shapes; once measured, nothing
+    runs.
+    """
     self.measure(lambda: batch)
     ahead = _placed(self._plan.prepare((batch,), lambda: (batch,)).outputs, batch)
     if self._look_up:

@@ -58,7 +58,7 @@ class _Result(NamedTuple):
 
   grads: Any  # Of dense parameters, summed over the batch and placed as they are.
   stacks: Stacks
-  ahead: Ahead  # Of the upcoming batch.
+  ahead: Ahead  # Of the upcoming step.
   sums: metrics.MetricSums
   finite: dict[str, jax.Array]  # Part -> a number that is finite if the part is.
   report: Report
@@ -67,7 +67,7 @@ class _Result(NamedTuple):
 def train_step(
   trainer: Trainer, state: TrainState, ahead: Ahead, batch: Batch, upcoming: Batch
 ) -> tuple[TrainState, Ahead, Report]:
-  """(state, batch) -> (state after one step, what is known of the upcoming batch, report).
+  """(state, batch) -> (state after one step, what the upcoming one is given, report).
 
   Donate the state. The gradient is taken with respect to the dense parameters and the looked-up
   rows; no array of a table's shape exists but the table itself, updated in place. The upcoming

@@ -8,6 +8,7 @@ from gemjax import config as c
 from gemjax.checkpoint import Checkpoints
 from gemjax.train import loop
 from gemjax.train.loop import train
+from gemjax.train.programs import Programs
 from gemjax.train.termination import Terminated
 from gemjax.train.trained import evaluate_run
 from gemjax.train.workdir import CHECKPOINTS, WorkdirError
@@ -40,6 +41,14 @@ def test_evaluation_and_checkpoints_wait_for_an_average_and_a_stop_loses_nothing
     assert again[split] == summary[split]
   found = evaluate_run(tmp_path / "whole", "test").results
   assert found["click"]["auc"] == pytest.approx(summary["test"]["auc"], abs=1e-6)
+
+
+def test_every_step_may_end_with_an_average(averaged, tmp_path, monkeypatch):
+  averaged.embedding.average_every, averaged.train.steps = 1, 4
+  calls, average = [], Programs.average
+  monkeypatch.setattr(Programs, "average", lambda *args: calls.append(0) or average(*args))
+  train(averaged, tmp_path / "run")
+  assert len(calls) == 4
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from gemjax import config as c
 from gemjax.features import Batch, Dense, EventColumn, FeatureSet, History, Sparse
@@ -151,3 +152,11 @@ def test_recomputed_layers_train_as_before_and_8_bits_nearly():
 def test_laws(change, words):
   with pytest.raises(c.ConfigError, match=words):
     dataclasses.replace(config(), **change).validate()
+
+
+def test_layers_lie_side_by_side_where_the_config_says_so():
+  for unroll in (0, 3):
+    asked = dataclasses.replace(config(), compilation=c.Compilation(unroll=unroll))
+    trainer = make_trainer(asked, FEATURES, 10)
+    ranker = nnx.merge(trainer.graph, trainer.abstract().params)
+    assert ranker.model.keeping.unroll == unroll

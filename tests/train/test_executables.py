@@ -27,7 +27,19 @@ def test_what_xla_writes_is_no_part_of_the_name(tmp_path, monkeypatch):
   assert origin() == first
 
 
-def origin():
+def test_what_is_free_to_change_but_shapes_a_program_is_part_of_the_origin():
+  changed = [Config(name="x") for _ in range(4)]
+  changed[1].memory.recomputed_layers = 1
+  changed[2].memory.activation_budget = 0.5
+  changed[3].compilation.unroll = 2
+  first, *others = (origin(config) for config in changed)
+  assert all(other != first for other in others)
+  moved = Config(name="y")
+  moved.compilation.cache = "elsewhere"
+  assert origin(moved) == first
+
+
+def origin(config=None):
   features = FeatureSet(sparse=(Sparse(name="ad", table="ad", size=9),))
   mesh = jax.make_mesh((1, 1), ("data", "model"))
-  return origin_of(Config(name="x"), features, 10, mesh)
+  return origin_of(config or Config(name="x"), features, 10, mesh)

@@ -155,8 +155,18 @@ def test_rows_looked_up_ahead_are_those_of_one_device(one):
   assert np.abs(losses / exact - 1).max() > 1e-4
 
 
-def test_tables_that_are_owed_nothing_keep_their_bits():
-  run = Run(2, 2, make_config(lookup="ahead"))
+@pytest.mark.parametrize(
+  "embedding",
+  [
+    {},
+    pytest.param({"dtype": "float8_e4m3fn", "optimizer": "lazy_adam"}, marks=SLOW),
+    pytest.param({"dtype": "bfloat16", "replicas": "average"}, marks=SLOW),
+  ],
+)
+def test_tables_that_are_owed_nothing_keep_their_bits(embedding):
+  config = make_config(lookup="ahead", **embedding)
+  config.mesh = c.Mesh(data=2, model=2)
+  run = Run(2, 2, config)
   batch = to_devices(run.mesh, make_batch(KINDS[0], 0, run))
   state = run.programs.born()
   state, ahead, _ = run.programs.step(state, run.programs.ahead(state, batch), batch, batch)
