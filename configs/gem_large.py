@@ -1,8 +1,9 @@
 """GEM with billions of dense parameters and thousands of events, for planning on 128 H100s.
 
-  python launch/plan.py --config=configs/gem_large.py --topology=h100:16x8
+  python launch/plan.py --config=configs/gem_large.py --topology=h100:16x8 --mesh=1x128
 
-`gem_base` with twice the width, half as many layers more, and histories twice as long.
+`gem_base` with twice the width, half as many layers more, histories twice as long, and 128 examples a
+GPU: with 32 a step is 115 ms of links beside 80 ms of kernels.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ def get_config(variant: str = "full") -> c.Config:
   config = dataclasses.replace(
     base,
     name="gem_large",
+    data=dataclasses.replace(base.data, batch_size=16_384, eval_batch_size=16_384),
     embedding=dataclasses.replace(base.embedding, dim=256),
     model=model,
   )
