@@ -2,8 +2,8 @@
 
   python launch/plan.py --config=configs/gem_large.py --topology=h100:16x8 --mesh=1x128
 
-`gem_base` with twice the width, half as many layers more, histories twice as long, and 128 examples a
-GPU: with 32 a step is 115 ms of links beside 80 ms of kernels.
+`gem_base` with twice the width, half as many layers more, histories twice as long, and 128 examples
+a GPU: with 32 a step is 115 ms of links beside 80 ms of kernels.
 """
 
 import dataclasses
