@@ -77,15 +77,15 @@ class ShardedTables:
 
   def plan(self, batch: Batch) -> Plans:
     """Finds duplicates and exchanges ids."""
-    return self._each(lambda s, at_M: self._placed(s).plan(at_M), positions(self.layout, batch))
+    return self._planned(positions(self.layout, batch))
 
   def of_no_row(self, batch: Batch) -> tuple[Plans, Rows]:
     """(plans, gradients) in the shapes of `batch`, whose update writes nothing."""
     at = positions(self.layout, batch)
     with jax.enable_x64(True):
       nowhere = self._each(lambda s, at_M: jnp.full_like(at_M, s.rows), at)
-    plans = self._each(lambda s, at_M: self._placed(s).plan(at_M), nowhere)
-    return plans, self._each(lambda s, at_M: jnp.zeros((len(at_M), s.width)), at)
+    grads = self._each(lambda s, at_M: jnp.zeros((len(at_M), s.width)), at)
+    return self._planned(nowhere), grads
 
   def lookup(self, stacks: Stacks, plans: Plans) -> Rows:
     """Stack name -> (M, W) float32 rows, in the order of `positions`."""
@@ -163,6 +163,9 @@ class ShardedTables:
   def specs(self) -> dict[str, Stack]:
     """PartitionSpecs of the stacks, in their structure."""
     return {s.name: self._spec(s) for s in self.layout.stacks}
+
+  def _planned(self, at: dict[str, jax.Array]) -> Plans:
+    return self._each(lambda s, at_M: self._placed(s).plan(at_M), at)
 
   def _shapes(self, s: StackLayout, rows: int) -> Stack:
     """Of the first rows."""

@@ -25,7 +25,7 @@ SEEDS = (0, 1, 2)
 TABLES, ROWS, GRADIENTS = (f"config.embedding.{n}dtype" for n in ("", "exchange_", "gradient_"))
 COMPUTED = "config.train.dtype"
 HALF, EIGHTH = "bfloat16", "float8_e4m3fn"
-WHOLE = "float32"  # What all others but those of HALF_ROW are held against.
+WHOLE = "float32"  # What all others but those IN_HALF are held against.
 HALF_ROW = "computed in bfloat16"
 VARIANTS: dict[str, dict[str, Any]] = {
   WHOLE: {},
