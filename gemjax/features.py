@@ -18,6 +18,8 @@ MISSING = 0
 UNKNOWN = 1
 RESERVED = 2
 
+UNLABELLED = 255  # In the place of a label: the example teaches this task nothing.
+
 # Of the capacities of histories: shards that are balanced need little more than their mean.
 HISTORY_STEPS = 16
 
@@ -101,6 +103,7 @@ class FeatureSet:
   sequence: tuple[Sequence, ...] = ()
   history: tuple[History, ...] = ()
   tasks: tuple[str, ...] = ("label",)
+  optional: tuple[str, ...] = ()  # Tasks for which an example may be unlabelled.
   grouped: bool = False  # Whether examples carry a user, so that GAUC is defined.
   vocabularies: str = ""  # Digest of the vocabularies, so that equal sizes with other rows differ.
 
@@ -119,6 +122,8 @@ class FeatureSet:
       raise FeatureError(f"feature names must be unique, but {twice} appear more than once")
     if not self.tasks:
       raise FeatureError("a feature set needs at least one task (label column), but has none")
+    if strange := sorted(set(self.optional) - set(self.tasks)):
+      raise FeatureError(f"optional names {strange}, but the tasks are {list(self.tasks)}")
     sizes: dict[str, tuple[int, str]] = {}
     for f in self.categorical:
       if f.size < RESERVED:
@@ -164,7 +169,8 @@ class FeatureSet:
     try:
       kinds = {k: tuple(_spec(c, f) for f in tree[k]) for k, c in _KINDS.items()}
       rest = {k: v for k, v in tree.items() if k not in _KINDS}
-      return cls(**kinds, **rest | {"tasks": tuple(tree["tasks"])})
+      texts = {k: tuple(tree.get(k, ())) for k in ("tasks", "optional")}
+      return cls(**kinds, **rest | texts)
     except (KeyError, TypeError) as error:
       raise FeatureError(f"not a feature set: {error}") from error
 
@@ -183,7 +189,7 @@ class FeatureSet:
             return f"{kind} feature {name!r} has {field.name} {a!r} here and {b!r} in the other"
       if list(mine) != list(theirs):
         return f"the {kind} features come in another order: {list(mine)} and {list(theirs)}"
-    for name in ("tasks", "grouped", "vocabularies"):
+    for name in ("tasks", "optional", "grouped", "vocabularies"):
       a, b = getattr(self, name), getattr(other, name)
       if a != b:
         return f"{name} is {a!r} here and {b!r} in the other"
@@ -229,7 +235,7 @@ class Batch(NamedTuple):
 
   dense_BF: np.ndarray  # float32, standardised
   ids_BS: np.ndarray  # int32, a row of the feature's own table; or uint32 (B, S, 2)
-  label_BT: np.ndarray  # float32, 0 or 1
+  label_BT: np.ndarray  # float32: 0, 1, or UNLABELLED where the task is optional
   weight_B: np.ndarray  # float32, 1 or 0
   group_B: np.ndarray  # int32, the user, or -1 where the data has none
   oracle_BT: np.ndarray  # float32, the true probability where known (simulator), else width 0

@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from gemjax.data.blocks import Columns, CorruptBlockError, decode_block
 from gemjax.data.histories import Store
 from gemjax.data.prepared import PreparedData
-from gemjax.features import FeatureSet
+from gemjax.features import UNLABELLED, FeatureSet
 
 
 class BlockReader:
@@ -96,7 +96,8 @@ def check_block(
     raise bad("column 'group'", "no user for an example, but the feature set says grouped")
 
   label = columns["label"]
-  if not (valid := (label == 0) | (label == 1)).all():
+  optional_T = np.array([task in features.optional for task in features.tasks])
+  if not (valid := (label == 0) | (label == 1) | (label == UNLABELLED) & optional_T).all():
     b, t = np.argwhere(~valid)[0]
     raise bad(f"task {features.tasks[t]!r}", f"label {label[b, t]} is neither 0 nor 1")
   if not (valid := np.isfinite(columns["dense"])).all():

@@ -21,6 +21,7 @@ from gemjax.data.vocabulary import Counter, Hash, Vocabulary, digest
 from gemjax.features import (
   MISSING,
   RESERVED,
+  UNLABELLED,
   Dense,
   EventColumn,
   FeatureSet,
@@ -103,6 +104,7 @@ class Encoder:
         for h, rule in schema.histories.items()
       ),
       tasks=tuple(schema.of_kind("label")),
+      optional=tuple(n for n, c in schema.of_kind("label").items() if c.optional),
       grouped=bool(schema.user),
       vocabularies=digest(self.vocabularies),
     )
@@ -169,16 +171,17 @@ class Encoder:
 
   def _label(self, chunk: Chunk, name: str) -> np.ndarray:
     x_B = values.numbers(chunk, name, self._schema.missing_values)
-    values.complete(chunk, name, np.isnan(x_B), "a label is needed")
-    threshold = self._schema.columns[name].threshold
-    if threshold is not None:
-      return (x_B >= threshold).astype(np.uint8)
-    if len(wrong := np.flatnonzero((x_B != 0) & (x_B != 1))):
+    missing_B, column = np.isnan(x_B), self._schema.columns[name]
+    if not column.optional:
+      values.complete(chunk, name, missing_B, "a label is needed")
+    if column.threshold is not None:
+      x_B = np.where(missing_B, x_B, x_B >= column.threshold)
+    if len(wrong := np.flatnonzero(~missing_B & (x_B != 0) & (x_B != 1))):
       raise RawDataError(
         f"{chunk.at(wrong[0])}: label {name!r} must be 0 or 1, but is {x_B[wrong[0]]:g}; mend it, "
         "or give the column a `threshold`"
       )
-    return x_B.astype(np.uint8)
+    return np.where(missing_B, UNLABELLED, x_B).astype(np.uint8)
 
 
 def fit(
@@ -189,6 +192,7 @@ def fit(
   `events` reads those of a history; vocabularies count the ones before the last train example.
   """
   moments = {n: Moments() for n in schema.of_kind("dense")}
+  unlabelled = {n for n, c in schema.of_kind("label").items() if c.optional}
   categories = schema.categories
   of_examples = {n: c for n, c in categories.items() if n in schema.columns}
   end = -math.inf  # Of the train split.
@@ -197,6 +201,9 @@ def fit(
   for chunk in chunks:
     if schema.histories:
       end = max(end, values.seconds(chunk, schema.time, schema.missing_values).max())
+    unlabelled -= {
+      n for n in unlabelled if not np.isnan(values.numbers(chunk, n, schema.missing_values)).all()
+    }
     for name, moment in moments.items():
       moment.add(values.dense(chunk, name, schema))
       if not math.isfinite(moment.squares):
@@ -214,6 +221,11 @@ def fit(
         else values.categories(chunk, name, column, schema.missing_values)
       )
       counters[column.table or name].add(texts)
+  if unlabelled:
+    raise RawDataError(
+      f"{chunk.path}: label {min(unlabelled)!r} is missing in every row of the train split: "
+      "nothing can be learnt of it; mend the rows or drop its column from the schema"
+    )
   for history, rule in schema.histories.items():
     counted = [n for n, c in rule.columns.items() if c.encoding == "vocabulary"]
     for chunk in events(history) if counted else ():

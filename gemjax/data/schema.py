@@ -13,6 +13,8 @@ A user's own table is described by a TOML file; columns that it does not name ar
   seed = 0                     # Of `random`.
   [columns.click]
   kind = "label"               # 0 or 1; with `threshold = 4.0` the label is "value >= 4".
+  optional = true              # A row without it teaches this task nothing: how domains have
+                               # objectives of their own. Default: every row needs it.
   [columns.price]
   kind = "dense"
   transform = "log1p"          # identity | log1p: sign(x) log(1 + |x|)
@@ -58,7 +60,7 @@ FIELDS = {
   "dense": {"transform", "missing"},
   "sparse": _ENCODED,
   "sequence": _ENCODED | {"max_length", "separator"},
-  "label": {"threshold"},
+  "label": {"threshold", "optional"},
 }
 _NAME = re.compile(r"[\w-]+")  # Of histories and their columns: files are named by them.
 _CHOICES = {
@@ -81,6 +83,8 @@ def check_value(name: str, value: Any, default: Any) -> None:
     raise SchemaError(f"threshold must be a finite number, got {value!r}")
   if type(default) is int and type(value) is not int:
     raise SchemaError(f"{name} must be a whole number, got {value!r}")
+  if type(default) is bool and type(value) is not bool:
+    raise SchemaError(f"{name} must be true or false, got {value!r}")
   if type(default) is str and type(value) is not str:
     raise SchemaError(f"{name} must be a text, got {value!r}")
   if type(default) is tuple and not isinstance(value, list | tuple):
@@ -104,6 +108,7 @@ class Column:
   max_length: int = 50
   separator: str = ""
   threshold: float | None = None
+  optional: bool = False
 
   def __post_init__(self):
     if not isinstance(self.kind, str) or self.kind not in FIELDS:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemjax.features import UNLABELLED
+
 BINS = 4096
 # Half of the bins cover logits in [-8, 8]: click rates down to 1 in 3,000 fall into the fine half.
 _LOGIT_SCALE = 8.0
@@ -48,12 +50,13 @@ def of_batch(
 
   loss = softplus(-x) for label 1, softplus(x) for label 0; prediction = sigmoid(x). The bin of
   logit x is that of x / (8 + |x|), which maps every logit into (-1, 1) in order, so that none is
-  clipped. Labels are 0 or 1; rows of `weight_B` 0 are padding and left out, all others count once.
+  clipped. Labels are 0 or 1; a task leaves out examples that are UNLABELLED, all tasks rows of
+  `weight_B` 0, which are padding, and all others count once.
   A logit that is not a number makes the loss, and with it NE and calibration, nan.
   """
   tasks = logits_BT.shape[1]
   x_BT, positive_BT = logits_BT.astype(jnp.float32), label_BT > 0.5
-  real_B1 = weight_B[:, None] > 0
+  real_BT = (weight_B[:, None] > 0) & (label_BT != UNLABELLED)
   loss_BT = jax.nn.softplus(jnp.where(positive_BT, -x_BT, x_BT))
   prediction_BT = jax.nn.sigmoid(x_BT)
 
@@ -61,14 +64,13 @@ def of_batch(
   index_BT = (2 * jnp.arange(tasks) + positive_BT) * bins + bin_BT
   # Integer addition: float scatter-adds on GPUs slow down where many rows meet in one bin.
   count_X = jnp.zeros(tasks * 2 * bins, jnp.int32)
-  real_BT = jnp.broadcast_to(real_B1, index_BT.shape)
   count_X = count_X.at[index_BT].add(real_BT.astype(jnp.int32), mode="promise_in_bounds")
 
   batch = MetricSums(
     count_X.reshape(tasks, 2, bins).astype(jnp.float32),
     # Selected and not multiplied: padding may hold infinities.
-    jnp.sum(jnp.where(real_B1, loss_BT, 0), axis=0),
-    jnp.sum(jnp.where(real_B1, prediction_BT, 0), axis=0),
+    jnp.sum(jnp.where(real_BT, loss_BT, 0), axis=0),
+    jnp.sum(jnp.where(real_BT, prediction_BT, 0), axis=0),
   )
   return jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), batch)
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gemjax.features import UNLABELLED
+
 
 def auc(label_N: np.ndarray, score_N: np.ndarray) -> float:
   """Share of (positive, negative) pairs in the right order of score, ties counted half.
@@ -59,7 +61,8 @@ def evaluate_arrays(
   tasks: Sequence[str],
   oracle_NT: np.ndarray | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
-  """Every metric of every task, ready for JSON: what is undefined is None.
+  """Every metric of every task over the examples that have its label, ready for JSON: what is
+  undefined is None.
 
   With `oracle_NT`, the true probabilities (width 0 counts as none), also `bayes_ne`: the NE of
   the oracle on the same labels, which no model beats but by chance. Raises ValueError for a label
@@ -67,18 +70,19 @@ def evaluate_arrays(
   """
   out = {}
   for t, task in enumerate(tasks):
-    label_N, logit_N = label_NT[:, t], logits_NT[:, t]
+    known_N = label_NT[:, t] != UNLABELLED
+    label_N, logit_N, user_N = (x[known_N] for x in (label_NT[:, t], logits_NT[:, t], group_N))
     try:
       metrics = {
         "auc": auc(label_N, logit_N),
-        "gauc": gauc(group_N, label_N, logit_N),
+        "gauc": gauc(user_N, label_N, logit_N),
         "log_loss": log_loss(label_N, logit_N),
         "ne": ne(label_N, logit_N),
         "calibration": calibration(label_N, logit_N),
         "base_rate": _mean(_labels(label_N)),
       }
       if oracle_NT is not None and oracle_NT.shape[1]:
-        metrics["bayes_ne"] = _ne_of_probabilities(label_N, oracle_NT[:, t])
+        metrics["bayes_ne"] = _ne_of_probabilities(label_N, oracle_NT[known_N, t])
     except ValueError as error:
       raise ValueError(f"task {task!r}: {error}") from error
     out[task] = {k: float(v) if np.isfinite(v) else None for k, v in metrics.items()}

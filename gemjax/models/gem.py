@@ -38,7 +38,7 @@ sequence lives on from layer to layer (GEM's post).
 | interest as a unit of X_0, the mean over events where DIN has the sum         | DIN, ours   |
 | at the head, gains of what layers say, born at zero (as in ReZero 2003.04887) | ours        |
 | several domains over one trunk                                                | GEM         |
-| heads of all domains, which each bends to its own; objectives go by task      | STAR, ours  |
+| heads of all domains, each bends them; its objectives: the labels of its rows | STAR, ours  |
 | layers in one scan: compile time independent of l                             | ours        |
 
 Letters: B examples, N units, M summary units, D width, E tokens, L memories, K units of one.

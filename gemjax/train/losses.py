@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from gemjax.features import UNLABELLED
+
 
 def binary_cross_entropy(
   logits_BT: jax.Array,
@@ -15,8 +17,11 @@ def binary_cross_entropy(
 ) -> jax.Array:
   """sum_t c_t sum_b w_b (softplus(x_bt) - y_bt x_bt) / total_weight, in nats; a scalar.
 
-  `total_weight` is sum_b w_b over the batch of which these may be a part: parts add up.
+  The sum over b goes over the examples that have a label of task t. `total_weight` is sum_b w_b of
+  all examples of the batch of which these may be a part: parts add up, and a task weighs as much as
+  it has labels.
   """
   loss_BT = jax.nn.softplus(logits_BT) - label_BT * logits_BT
+  loss_BT = jnp.where(label_BT == UNLABELLED, 0, loss_BT)
   sum_T = jnp.einsum("bt,b->t", loss_BT, weight_B)
   return sum_T @ task_weight_T / jnp.maximum(total_weight, 1)

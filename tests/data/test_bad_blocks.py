@@ -12,6 +12,7 @@ from numbered import BLOCK, FEATURES, assert_equal, columns, drain, write
 from gemjax.data.blocks import CorruptBlockError, encode_block
 from gemjax.data.pipeline import train_batches
 from gemjax.data.prepared import take
+from gemjax.features import UNLABELLED
 
 
 def change(name, row, value):
@@ -36,6 +37,7 @@ def change(name, row, value):
     ("label", (70, 0), np.float32(np.nan), ["'click'", "nan"]),
     ("label", (70, 0), np.float32(0.5), ["'click'", "0.5"]),
     ("label", (70, 0), np.int8(-1), ["'click'", "-1"]),
+    ("label", (70, 0), np.uint8(UNLABELLED), ["'click'", "label 255"]),
     ("dense", (70, 1), np.nan, ["'y'", "nan", "not finite"]),
     ("dense", (70, 0), -np.inf, ["'x'", "-inf", "not finite"]),
     ("group", 70, -1, ["'group'", "no user"]),

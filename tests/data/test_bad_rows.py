@@ -93,6 +93,7 @@ def test_line_numbers_hold_across_blocks(tmp_path, monkeypatch):
   assert "line 17 has 2" in fails(tmp_path, with_row(b"0,1", 17))
 
 
+OPTIONAL = SCHEMA.replace('"label"', '"label"\noptional = true')
 PARQUET = {
   "dense text": ({"d": ["1", "x"] * 10}, SCHEMA, ["row 2", "'d'", "'x'"]),
   "dense inf": ({"d": [1.0, np.inf] * 10}, SCHEMA, ["row 2", "'d' must be finite"]),
@@ -101,6 +102,8 @@ PARQUET = {
   "sparse lists": ({"c": [["a"], ["b"]] * 10}, SCHEMA, ["'c' holds List", "'sequence'"]),
   "label null": ({"y": [0, None] * 10}, SCHEMA, ["row 2", "'y' is missing"]),
   "label nan": ({"y": [0.0, np.nan] * 10}, SCHEMA, ["row 2", "'y' is missing"]),
+  "label never": ({"y": [None] * 20}, OPTIONAL, ["label 'y'", "every row of the train split"]),
+  "optional label 3": ({"y": [None, 0, 3, 1] * 5}, OPTIONAL, ["row 3", "label 'y'", "is 3"]),
   "label 3": ({"y": [0, 3] * 10}, SCHEMA, ["row 2", "label 'y'", "is 3"]),
   "no lists": ({"s": [1, 2] * 10}, SEQUENCE, ["'s' is a sequence", "Int64"]),
   "no rows": ({"y": [], "d": [], "c": []}, SCHEMA, ["in.parquet", "no rows"]),

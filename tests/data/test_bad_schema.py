@@ -30,6 +30,11 @@ SCHEMAS = {
     ["column 'c'", "rows", "2^40", "1099511627777"],
   ),
   "threshold": (SCHEMA.replace('"label"', '"label"\nthreshold = nan'), ["'y'", "finite", "nan"]),
+  "optional in words": (
+    SCHEMA.replace('"label"', '"label"\noptional = "yes"'),
+    ["column 'y'", "optional must be true or false", "'yes'"],
+  ),
+  "optional feature": (SCHEMA + "optional = true\n", ["column 'c'", "no field 'optional'"]),
   "min_count 0": (SCHEMA + "min_count = 0\n", ["column 'c'", "min_count", "at least 1"]),
   "shared sizes": (
     SCHEMA + 'table = "t"\n[columns.u]\nkind = "sparse"\ntable = "t"\nrows = 9\n',

@@ -10,6 +10,7 @@ from userrows import SCHEMA, make_rows, run, simple
 from gemjax.data.encoding import Moments
 from gemjax.data.preparation import prepare
 from gemjax.data.prepared import open_prepared
+from gemjax.features import UNLABELLED
 
 
 def oracle(rows):
@@ -73,6 +74,23 @@ def test_every_value_equals_the_oracle(tmp_path):
     np.testing.assert_array_equal(columns(data, split)["group"], [e["group"] for e in examples])
   stored = json.loads((data.path / "vocabularies.json").read_text())
   assert {v: i + 2 for i, v in enumerate(stored["ad"])} == ads
+
+
+def test_a_row_without_an_optional_label_is_unlabelled(tmp_path):
+  rows = make_rows()
+  for i, row in enumerate(rows):
+    row["click"] = row["click"] if i % 3 else ""
+    row["stars"] = row["stars"] if i % 5 else "NA"
+  label = 'kind = "label"\n'
+  data = run(tmp_path, rows, schema=SCHEMA.replace(label, label + "optional = true\n"))
+  assert data.features.optional == ("click", "stars")
+  splits = ("train", "valid", "test")
+  found = np.concatenate([columns(data, split)["label"] for split in splits])
+  click = lambda r: int(r["click"] or UNLABELLED)
+  stars = lambda r: UNLABELLED if r["stars"] == "NA" else int(int(r["stars"]) >= 4)
+  expected = [[click(r), stars(r)] for r in rows]
+  assert sorted(found.tolist()) == sorted(expected)
+  assert [0, UNLABELLED] in expected and [UNLABELLED, 1] in expected
 
 
 def test_mean_and_deviation_are_float64_and_of_train_only(tmp_path):

@@ -1,5 +1,6 @@
 """A run from the data to the summary."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from bad import flip
 from gemjax import config as c
 from gemjax.checkpoint import Checkpoints
 from gemjax.data.prepared import PreparedDataError
+from gemjax.features import UNLABELLED
 from gemjax.train.loop import train
 from gemjax.train.source import open_data
 from gemjax.train.trained import evaluate_run
@@ -42,6 +44,24 @@ def test_the_summary_has_every_key_that_other_tools_read(trained):
   assert found["params"]["dense"] > 0 and found["gflop_per_example"] > 0
   assert found["train"]["steps"] == 63  # ceil(2 * 1500 / 48)
   assert found["device"].startswith("cpu x")
+
+
+def test_examples_of_one_domain_teach_and_count_its_objectives_alone(tmp_path):
+  """Items of odd number have no purchases; no label, no loss."""
+  rng = np.random.default_rng(1)
+  parts = {split: tiny.columns(n, rng) for split, n in tiny.EXAMPLES.items()}
+  features = dataclasses.replace(tiny.features(), optional=("buy",))
+  for part in parts.values():
+    part["label"][part["ids"][:, 1] % 2 == 1, 1] = UNLABELLED
+  config = tiny.get_config()
+  config.data.path = str(tiny.write_data(tmp_path / "data", features, **parts).path)
+  config.train.epochs = 1
+  train(config, tmp_path / "run")
+  tasks = summary(tmp_path / "run")["test"]["tasks"]
+  sold = parts["test"]["label"][:, 1] != UNLABELLED
+  assert tasks["click"]["examples"] == 300 and tasks["buy"]["examples"] == sold.sum() < 200
+  assert tasks["buy"]["base_rate"] == parts["test"]["label"][sold, 1].mean()
+  assert np.isfinite(tasks["buy"]["ne"])
 
 
 def test_the_clock_of_training_stands_still_during_compilation(tmp_path, config, monkeypatch):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemjax import metrics
+from gemjax.features import UNLABELLED
 from gemjax.metrics import binned
 
 merge, of_batch = jax.jit(metrics.merge), jax.jit(metrics.of_batch, static_argnames="bins")
@@ -46,6 +47,25 @@ def test_result_equals_the_exact_metrics():
     assert got[task]["examples"] == 4096
     assert abs(got[task]["auc_binned"] - exact[task]["auc"]) <= got[task]["auc_error"] + 1e-12
     assert got[task]["auc_error"] < 2e-3
+
+
+def test_a_task_counts_the_examples_that_have_its_label():
+  logit, label = draw(3, 512, 2)
+  gone = np.random.default_rng(0).random(label.shape) < 0.4
+  group = np.arange(512) % 9
+  some = np.where(gone, UNLABELLED, label).astype(np.float32)
+  logit[gone[:, 1], 1] = np.inf  # Nothing of an unlabelled example is read.
+  got = metrics.result(sums_of(logit, some), ["click", "buy"])
+  exact = metrics.evaluate_arrays(logit, some, group, ["click", "buy"])
+  for t, task in enumerate(["click", "buy"]):
+    mine = ~gone[:, t]
+    alone = (x[mine, t : t + 1] for x in (logit, label))
+    for own, of in (
+      (metrics.result(sums_of(*alone), [task]), got),
+      (metrics.evaluate_arrays(logit[mine], label[mine], group[mine], ["click", "buy"]), exact),
+    ):
+      assert own[task] == pytest.approx(of[task], rel=1e-6)
+      assert own[task]["examples"] == mine.sum()
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,7 +12,7 @@ from flax import nnx
 from gemjax import config as c
 from gemjax.embedding import assemble
 from gemjax.embedding.lookup import positions
-from gemjax.features import Batch, Dense, FeatureSet, Jagged, Sequence, Sparse
+from gemjax.features import UNLABELLED, Batch, Dense, FeatureSet, Jagged, Sequence, Sparse
 from gemjax.train.flops import matmul_flops
 from gemjax.train.losses import binary_cross_entropy
 from gemjax.train.optimizer import dense_optimizer, schedule
@@ -101,6 +101,23 @@ def test_a_step_equals_dense_training_of_whole_tables():
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-5), state.params, params
   )
+
+
+def test_an_unlabelled_example_teaches_its_task_nothing():
+  """Loss and gradient of logits by the definition, in float64; task 0 of half of the examples."""
+  b = batch()
+  label = np.where(np.arange(B)[:, None] % 2 == [0, 2], UNLABELLED, b.label_BT)
+  logits = np.random.default_rng(1).normal(size=(B, 2))
+  weight = np.array([1.0, 0.5])
+  loss = lambda x: binary_cross_entropy(x, label.astype(np.float32), b.weight_B, weight, B)
+  got, grad = jax.value_and_grad(loss)(jnp.array(logits, jnp.float32))
+  p = 1 / (1 + np.exp(-logits))
+  share = np.where(label == UNLABELLED, 0, weight / B)
+  known = np.where(label == UNLABELLED, 0, label)
+  entropy = -(known * np.log(p) + (1 - known) * np.log(1 - p))
+  np.testing.assert_allclose(got, (share * entropy).sum(), rtol=1e-6)
+  np.testing.assert_allclose(grad, share * (p - known), rtol=1e-5, atol=1e-8)
+  assert (np.asarray(grad)[::2, 0] == 0).all() and (label[:, 1] != UNLABELLED).all()
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "lazy_adam", "sgd"])
