@@ -118,10 +118,10 @@ def candidate_units(layout: TableLayout, history: str) -> tuple[int, ...]:
 
 
 def mean_pool(rows_EW: jax.Array, lengths_B: jax.Array) -> jax.Array:
-  """(B, W): the mean of each example's values, zeros where it has none."""
+  """(B, W): the mean of each example's values, summed in float32, zeros where it has none."""
   batch_size = len(lengths_B)
   # Slots beyond the last example fall into segment B, which is cut off.
   offsets_B1 = jnp.pad(jnp.cumsum(lengths_B), (1, 0))
   segment_E = segment_of_rows(offsets_B1, len(rows_EW))
-  sum_BW = sum_runs(rows_EW, segment_E, batch_size + 1)[:-1]
-  return sum_BW / jnp.maximum(lengths_B, 1)[:, None]
+  sum_BW = sum_runs(rows_EW.astype(jnp.float32), segment_E, batch_size + 1)[:-1]
+  return (sum_BW / jnp.maximum(lengths_B, 1)[:, None]).astype(rows_EW.dtype)

@@ -79,12 +79,12 @@ class ShardedTables:
     """Finds duplicates and exchanges ids."""
     return self._planned(positions(self.layout, batch))
 
-  def of_no_row(self, batch: Batch) -> tuple[Plans, Rows]:
-    """(plans, gradients) in the shapes of `batch`, whose update writes nothing."""
+  def of_no_row(self, batch: Batch, dtype: str) -> tuple[Plans, Rows]:
+    """(plans, gradients of `dtype`) in the shapes of `batch`, whose update writes nothing."""
     at = positions(self.layout, batch)
     with jax.enable_x64(True):
       nowhere = self._each(lambda s, at_M: jnp.full_like(at_M, s.rows), at)
-    grads = self._each(lambda s, at_M: jnp.zeros((len(at_M), s.width)), at)
+    grads = self._each(lambda s, at_M: jnp.zeros((len(at_M), s.width), dtype), at)
     return self._planned(nowhere), grads
 
   def lookup(self, stacks: Stacks, plans: Plans) -> Rows:
@@ -106,14 +106,15 @@ class ShardedTables:
     Args:
       stacks: Overwritten where the caller donates them.
       plans: Of the same batch.
-      grads: Of the sum over all devices' examples, with respect to the rows of `lookup`.
+      grads: Of the sum over all devices' examples, with respect to the rows of `lookup`; summed in
+        float32 whatever their type.
       learning_rate: Scalar of this step.
       key: Of this step.
     """
     keys = self._keys(key)
 
     def update(s: StackLayout, stack, plan, grad_MW):
-      grad_MW = grad_MW * self.data if self.averaged else grad_MW
+      grad_MW = grad_MW.astype(jnp.float32) * (self.data if self.averaged else 1)
       rule, placed = self.rule(s), self._placed(s)
       return placed.update(rule, stack, plan, grad_MW, learning_rate, keys[s.name])
 

@@ -68,10 +68,10 @@ def _normalise(axis, dtype, eps, x, scale, bias):
 def _forward(axis, dtype, eps, x, scale, bias):
   x = written_once(x)
   wide = x.astype(jnp.float32)
-  mean = written_once(wide.mean(axis, keepdims=True))
+  mean = written_once(wide.mean(axis, keepdims=True), kept=True)
   # Not mean(x^2) - mean^2, of which nothing is left where x is large and nearly constant.
   inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis, keepdims=True) + eps)
-  inverse = written_once(inverse)
+  inverse = written_once(inverse, kept=True)
   y = (wide - mean) * inverse * _along(axis, scale, x) + _along(axis, bias, x)
   return written_once(y.astype(dtype)), (x, mean, inverse, scale)
 
@@ -109,14 +109,16 @@ def _scaled_mean(axis: int, x: jax.Array, scale: jax.Array) -> jax.Array:
   return jnp.expand_dims(jax.lax.dot_general(scale, x, (((axis,), (axis,)), (lead, lead))), axis)
 
 
-def written_once(x: jax.Array) -> jax.Array:
+def written_once(x: jax.Array, *, kept: bool = False) -> jax.Array:
   """x itself, which XLA for CPUs shall neither fold into the products that read it nor lay out
-  otherwise; a barrier, which it takes out again before it fuses.
+  otherwise; a barrier, which it takes out again before it fuses. With `kept` XLA for GPUs shall
+  not compute it anew where the backward pass reads it.
   """
   held = lambda x: jax.lax.optimization_barrier(
     with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # Else a transpose happens behind it.
   )
-  return jax.lax.platform_dependent(x, cpu=held, default=lambda x: x)
+  other = jax.lax.optimization_barrier if kept else lambda x: x
+  return jax.lax.platform_dependent(x, cpu=held, default=other)
 
 
 def _along(axis: int, vector: jax.Array, x: jax.Array) -> jax.Array:

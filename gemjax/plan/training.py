@@ -43,7 +43,7 @@ class Budget(NamedTuple):
   dense: int  # This device's shard of the dense parameters.
   optimizer: int  # Their moments.
   batch: int  # This batch and the upcoming one.
-  exchange: int  # Plans, and looked-up rows with their gradients in float32.
+  exchange: int  # Plans, and looked-up rows with their gradients.
   activations: int  # All other temporaries: activations, gathered kernels, buffers of collectives.
 
   @property
@@ -124,7 +124,8 @@ def plan_training(
 
   if profile:
     compiled = best_scheduled(compiled, estimated, profile)
-  rows = sum(4 * count * width for count, width in look_ups(trainer, batch).values())
+  looked_up = sum(count * width for count, width in look_ups(trainer, batch).values())
+  rows = looked_up * jax.numpy.dtype(config.train.dtype).itemsize
   inside = 0 if ahead.owed else 2 * rows  # Of temporaries; rows ahead and what is owed are not.
   temporaries = compiled.memory.temporaries
   budget = Budget(

@@ -60,7 +60,7 @@ def activation_bytes(trainer: Trainer, batch: Batch) -> int:
   """
   shards, found = trainer.mesh.size, []
   rows = {
-    name: jax.ShapeDtypeStruct((shards * count, width), jnp.float32)
+    name: jax.ShapeDtypeStruct((shards * count, width), trainer.config.train.dtype)
     for name, (count, width) in look_ups(trainer, batch).items()
   }
 

@@ -121,7 +121,7 @@ def plan_step(trainer: Trainer, batch: Batch) -> Ahead:
 def look_up_step(trainer: Trainer, state: TrainState, ahead: Ahead) -> Ahead:
   """With the rows as the state has them, to which nothing may be owed."""
   specs = (trainer.specs.stacks, BATCH)
-  look_up = _on_devices(trainer, trainer.tables.lookup, specs, BATCH)
+  look_up = _on_devices(trainer, functools.partial(_looked_up, trainer), specs, BATCH)
   return ahead._replace(rows=look_up(state.stacks, ahead.plans))
 
 
@@ -138,7 +138,7 @@ def predict_step(trainer: Trainer, state: TrainState, batch: Batch) -> jax.Array
   """logits_BT float32, without dropout, split as the batch."""
 
   def predict(params, stacks, batch):
-    rows = trainer.tables.lookup(stacks, trainer.tables.plan(batch))
+    rows = _looked_up(trainer, stacks, trainer.tables.plan(batch))
     return trainer.predict(params, rows, batch)
 
   specs = (trainer.specs.params, trainer.specs.stacks, BATCH)
@@ -176,11 +176,10 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upc
     known = Ahead(tables.plan(upcoming))
   if owed is not None:
     stacks = _settled(trainer, step, seed, stacks, owed)
-  with jax.named_scope("lookup"):
-    if rows is None:
-      rows = tables.lookup(stacks, plans)
-    if owed is not None:
-      known = known._replace(rows=tables.lookup(stacks, known.plans))
+  if rows is None:
+    rows = _looked_up(trainer, stacks, plans)
+  if owed is not None:
+    known = known._replace(rows=_looked_up(trainer, stacks, known.plans))
 
   def loss_of(params, rows):
     logits_BT = trainer.predict(params, rows, batch, key_B)
@@ -215,6 +214,15 @@ def _key(seed, step) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), step)
 
 
+@jax.named_scope("lookup")
+def _looked_up(trainer: Trainer, stacks: Stacks, plans: Plans) -> Rows:
+  """In the type that the model computes in: it would round them so first of all, and what it says
+  of their gradients has no more digits.
+  """
+  narrow = lambda rows_MW: rows_MW.astype(trainer.config.train.dtype)
+  return jax.tree.map(narrow, trainer.tables.lookup(stacks, plans))
+
+
 @jax.named_scope("update")
 def _updated(trainer: Trainer, stacks, plans, grads, learning_rate, key) -> Stacks:
   return trainer.tables.update(stacks, plans, grads, learning_rate, jax.random.fold_in(key, 1))
@@ -228,7 +236,7 @@ def _settled(trainer: Trainer, step, seed, stacks, owed: Owed) -> Stacks:
 
 def _nothing(trainer: Trainer, batch: Batch) -> Owed:
   """An update of no row, in the shapes of that of `batch`."""
-  plans, grads = trainer.tables.of_no_row(batch)
+  plans, grads = trainer.tables.of_no_row(batch, trainer.config.train.dtype)
   return Owed(plans, grads, jnp.zeros((1,)))
 
 

@@ -96,6 +96,7 @@ def jagged_attention(
     )
   q_THD, k_EHD, v_EHD, q_offsets_S1 = map(jnp.asarray, (q_THD, k_EHD, v_EHD, q_offsets_S1))
   kv_offsets_S1 = q_offsets_S1 if kv_offsets_S1 is None else jnp.asarray(kv_offsets_S1)
+  own = kv_offsets_S1 is q_offsets_S1 and kv_segment_S is None
   if kv_offsets_S1 is q_offsets_S1 and q_THD.shape[:1] != k_EHD.shape[:1]:
     raise ValueError(
       f"{_OP}: self-attention has as many queries as keys, here {q_THD.shape[:1]} and "
@@ -123,12 +124,12 @@ def jagged_attention(
   q_offsets_S1 = jnp.clip(q_offsets_S1, 0, len(q_THD))
   kv_offsets_S1 = jnp.clip(kv_offsets_S1, 0, len(k_EHD))
   seen = visible(q_offsets_S1, kv_offsets_S1, kv_segment_S, len(q_THD), **options)
+  gain_q, gain_k = qk_norm or (None, None)
   if qk_norm is not None:
-    q_THD = rotary.rms_norm(_own(q_THD, q_offsets_S1), qk_norm[0])
-    k_EHD = rotary.rms_norm(_own(k_EHD, kv_offsets_S1), qk_norm[1])
-  if rope is not None:
-    q_THD = rotary.rotate(q_THD, seen.position_T, rope)
-    k_EHD = rotary.rotate(k_EHD, key_positions(kv_offsets_S1, len(k_EHD)), rope)
+    q_THD, k_EHD = _own(q_THD, q_offsets_S1), _own(k_EHD, kv_offsets_S1)
+  place_E = seen.position_T if own else key_positions(kv_offsets_S1, len(k_EHD))
+  q_THD = rotary.prepare(q_THD, gain_q, seen.position_T, rope)
+  k_EHD = rotary.prepare(k_EHD, gain_k, place_E, rope)
   gain_T = jnp.ones(q_THD.shape[:1], jnp.float32)
   if norm == "length":
     gain_T /= jnp.maximum(seen.keys_T, 1)
