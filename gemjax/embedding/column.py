@@ -48,10 +48,10 @@ class ColumnSharded:
     return Plan(row_N, find_duplicates(all_N, rows, min(len(all_N), rows + 1)))
 
   def lookup(self, rule: StackRule, stack: Stack, plan: Plan) -> jax.Array:
-    """(M, W) float32, zeros for padding."""
+    """(M, W) in the type in which they arrive, zeros for padding."""
     # From all examples and these columns to these examples and all columns.
     mine_NV = moved(rule.read(stack, plan.row_N), rule.exchange_dtype, self._exchanged)
-    return rearrange(mine_NV, "(l m) v -> m (l v)", l=self.model).astype(jnp.float32)
+    return rearrange(mine_NV, "(l m) v -> m (l v)", l=self.model)
 
   def update(
     self, rule: StackRule, stack: Stack, plan: Plan, grad_MW: jax.Array, learning_rate, key

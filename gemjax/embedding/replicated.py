@@ -48,8 +48,8 @@ class Replicated:
     return Plan(row_M, own, find_duplicates(row_GU, rows, min(len(row_GU), rows + 1)))
 
   def lookup(self, rule: StackRule, stack: Stack, plan: Plan) -> jax.Array:
-    """(M, W) float32, zeros for padding."""
-    return rule.read(stack, plan.row_M).astype(jnp.float32)
+    """(M, W) in the type in which they are read, zeros for padding."""
+    return rule.read(stack, plan.row_M)
 
   def update(
     self, rule: StackRule, stack: Stack, plan: Plan, grad_MW: jax.Array, learning_rate, key

@@ -88,18 +88,18 @@ class RowSharded:
     return end_L - self._begin(end_L)
 
   def lookup(self, rule: StackRule, stack: Stack, plan: Plan) -> jax.Array:
-    """(M, W) float32, zeros for padding."""
+    """(M, W) in the type in which they arrive, zeros for padding."""
 
     def rows_of(round_: Round) -> jax.Array:
       read_NW = rule.read(stack, round_.wanted_N)
       got_NW = moved(read_NW, rule.exchange_dtype, self._exchanged)
       slot_M = self._slots(plan.own.unique_U, round_, plan.end_L)[plan.unique_M]
-      return take_rows(got_NW, slot_M).astype(jnp.float32)
+      return take_rows(got_NW, slot_M)
 
     def further(k, at):
       begin_L, rows_MW = at
       round_, _ = self._round(plan.own, begin_L, plan.end_L)
-      return round_.end_L, rows_MW + rows_of(round_)
+      return round_.end_L, rows_MW + rows_of(round_)  # A row comes in one round: exact.
 
     rows_MW = rows_of(plan.first)
     return jax.lax.fori_loop(1, plan.rounds_1[0], further, (plan.first.end_L, rows_MW))[1]

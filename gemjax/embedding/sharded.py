@@ -88,7 +88,7 @@ class ShardedTables:
     return self._planned(nowhere), grads
 
   def lookup(self, stacks: Stacks, plans: Plans) -> Rows:
-    """Stack name -> (M, W) float32 rows, in the order of `positions`."""
+    """Stack name -> (M, W) rows in the order of `positions`, in the type in which they arrive."""
     return self._each(
       lambda s, stack, plan: self._placed(s).lookup(self.rule(s), stack, plan), stacks, plans
     )

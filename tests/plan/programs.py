@@ -11,11 +11,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemjax.layers.linear import contract
+from gemjax.layers.mlp import Mlp
+from gemjax.layers.norm import LayerNorm
 from gemjax.plan import memory, target
 from gemjax.plan.compile import compile_for
 from gemjax.plan.estimate import estimate
@@ -192,6 +195,32 @@ def eight_bits(name):
   }
 
 
+def layers():
+  """Bytes that kernels of layers move, forward and backward, in arrays of the shape of x."""
+  mesh = mesh_of("h100:1x1", 1, 1)
+  T, D = 65_536, 256
+  x = abstract(mesh, (T, D), "bfloat16", P())
+  modules = {
+    "norm": LayerNorm(D, "bfloat16", nnx.Rngs(0)),
+    "mlp": Mlp(D, (D,), D, dtype="bfloat16", rngs=nnx.Rngs(0)),
+  }
+  out = {}
+  for name, module in modules.items():
+    graph, weights = nnx.split(module)
+    weights = jax.tree.map(lambda w: abstract(mesh, w.shape, w.dtype, P()), weights)
+
+    def step(weights, x, dy, graph=graph):
+      y, pullback = jax.vjp(lambda weights, x: nnx.merge(graph, weights)(x), weights, x)
+      return y, pullback(dy)
+
+    done = compile_for(step, (weights, x, x))
+    found = estimate(done.text, done.collectives, RATES["h100"], 1)
+    moved = sum(o.trips * o.work.bytes for o in found.operations)
+    epilogues = re.findall(r'"epilogue":"(\w+)"', done.text)
+    out[name] = {"passes": moved / (2 * T * D), "epilogues": epilogues}
+  return out
+
+
 (dump,) = sys.argv[1:]
 mesh = mesh_of(f"h100:{DATA}x{MODEL}", DATA, MODEL)
 hosts = np.vectorize(lambda d: d.process_index)(mesh.devices)
@@ -215,6 +244,7 @@ print(
       "branch": table("branch", mesh, in_a_branch),
       "gathered": table("gathered", mesh, gathered),
       "eight_bits": {name: eight_bits(name) for name in ("a100", "h100")},
+      "layers": layers(),
       "targets": {name: target_of(name) for name in target.TARGETS},
     }
   )

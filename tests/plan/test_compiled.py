@@ -122,5 +122,16 @@ def test_products_of_8_bits_are_those_of_cublas_where_the_gpu_has_them(reports):
   assert ampere["float8_flops"] == 0 and ampere["flops"] == flops
 
 
+def test_layers_pass_over_their_arrays_no_more_often_than_they_must(reports):
+  """A norm: x for each of two moments, (x, dy) -> (y, gains), (x, dy) -> dx. An MLP: two products
+  and their four gradients, the ReLU's with one bias' and the other bias' alone; the ReLU itself is
+  part of its product.
+  """
+  norm, mlp = reports["layers"]["norm"], reports["layers"]["mlp"]
+  assert norm["passes"] == pytest.approx(1 + 1 + 3 + 3, rel=0.05)
+  assert mlp["epilogues"].count("BIAS_RELU") == 1
+  assert mlp["passes"] == pytest.approx(6 * 2 + 3 + 1, rel=0.05)
+
+
 def test_gpus_of_a_host_belong_to_one_process(reports):
   assert reports["hosts"] == [[0, 0, 0, 0], [1, 1, 1, 1]]
