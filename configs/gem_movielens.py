@@ -82,6 +82,7 @@ ABLATIONS = {
   "no_personalised": {"personalised": False},
   "no_memory": {"memory_units": 0},
   "no_cross": {"cross": False},
+  "next_event": {"next_event": 0.1},
   "sum_mlp": {"sum_mlp": True},  # The better one by valid on ML-1M, not on ML-100K.
   "gating": {"gating": "sigmoid"},
   "no_target": {"target": False},

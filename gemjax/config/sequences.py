@@ -94,6 +94,8 @@ class Gem:
   # Sequence towers: for every history a pyramid of branches side by side.
   strides: tuple[int, ...] = (1, 8)  # Events a token of each branch; (): no towers.
   cell: str = "transformer"  # transformer | hstu
+  # Weight of the loss of which event comes next, told by a block in front of all; 0: neither.
+  next_event: float = 0.0
   fine: Attention = dataclasses.field(
     default_factory=lambda: Attention(block=64, rope=10000.0, qk_norm=True)
   )  # Of branches of stride 1.
@@ -143,6 +145,9 @@ def validate_gem(model: Any, prefix: str) -> None:
     need(getattr(model, name) % model.width == 0, f"{prefix}.{name}", getattr(model, name), law)
   need(model.memory_units <= outputs, f"{prefix}.memory_units", model.memory_units,
        f"at most the {outputs} units of a layer")  # fmt: skip
+  ahead = model.next_event
+  need(real(ahead), f"{prefix}.next_event", ahead, "a finite number of at least 0")
+  need(model.strides or not ahead, f"{prefix}.next_event", ahead, "0 without strides")
   newest = model.recent and model.strides == (1,)
   need(real(model.gain), f"{prefix}.gain", model.gain, "a finite number of at least 0")
   told = model.cross or model.target or model.pma or newest

@@ -3,8 +3,9 @@ interactions and pyramids of sequence layers, which learn from each other in eve
 
 Published are the parts and what they are for, not their formulas; what is written here is our
 design. Units are the features and, of every history, the mean and DIN's interest. A Wukong layer
-brings them to n_F + n_L units. Then in layer i = 1..l interactions and sequences read the layer's
-inputs, X_i and S_i, so that they run side by side:
+brings them to n_F + n_L units, with `next_event` a block every history from S_0 to S_1. Then in
+layer i = 1..l interactions and sequences read the layer's inputs, X_i and S_i, so that they run
+side by side:
 
   X_0     = [features | means | mean_e a(e, candidate) e],  X_1 = WukongLayer(X_0)
   X_sum   = W X_i, or an MLP over units, gated if asked for
@@ -27,6 +28,9 @@ has all events, which attend inside blocks, 64 unless the config says otherwise:
 stride s has the means of s neighbours, which attend over all before them: O((T / s)^2). The full
 sequence lives on from layer to layer (GEM's post).
 
+With `next_event` the loss has a second part, so many times that of which item comes next, told by
+S_1 = cell(S_0) before it has heard of the example (gemjax/layers/next_event.py).
+
 | choice                                                                        | whose       |
 |-------------------------------------------------------------------------------|-------------|
 | stackable factorization machines in depth and width, attention across layers  | GEM         |
@@ -37,6 +41,7 @@ sequence lives on from layer to layer (GEM's post).
 | X_sum, S_sum, personalised W (queries of S_sum, LN before W, causal: ours)    | InterFormer |
 | interest as a unit of X_0, the mean over events where DIN has the sum         | DIN, ours   |
 | at the head, gains of what layers say, born at zero (as in ReZero 2003.04887) | ours        |
+| a block in front whose outputs also tell the next event                       | DIEN, ours  |
 | several domains over one trunk                                                | GEM         |
 | heads of all domains, each bends them; its objectives: the labels of its rows | STAR, ours  |
 | layers in one scan: compile time independent of l                             | ours        |
@@ -58,27 +63,16 @@ from gemjax import config as config_lib
 from gemjax.layers import tokens as tokens_lib
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.events import EventInput, EventRows, HistorySpec
-from gemjax.layers.exchange import SequenceSummary, UnitSummary
-from gemjax.layers.gating import Gating
-from gemjax.layers.hstu import HstuBlock
+from gemjax.layers.exchange import UnitSummary
 from gemjax.layers.interaction import UnitLinear
 from gemjax.layers.interest import Interest
 from gemjax.layers.memory import LayerMemory
-from gemjax.layers.norm import LayerNorm
-from gemjax.layers.personalised import PersonalisedFfn
+from gemjax.layers.next_event import Next, NextEvent
 from gemjax.layers.saved import ALL, Keeping, run, scan
 from gemjax.layers.tokens import Tokens
-from gemjax.layers.transformer import TransformerBlock
+from gemjax.models.branches import Branch, BranchLayer, BranchSummary, make_cell
 from gemjax.models.heads import DomainHeads
 from gemjax.models.wukong import STACKED, WukongLayer
-
-
-class Branch(NamedTuple):
-  """Static: one history at one resolution."""
-
-  history: str
-  stride: int
-  length: int  # Most tokens of an example.
 
 
 class State(NamedTuple):
@@ -91,58 +85,6 @@ class State(NamedTuple):
 
 def _summary(config: config_lib.Gem, units: int, dim: int, **make) -> UnitSummary:
   return UnitSummary(units, config.cls, dim, gating=config.gating, mlp=config.sum_mlp, **make)
-
-
-class BranchLayer(nnx.Module):
-  """One layer of one branch: S -> cell(S + LN(S) W(X_sum))."""
-
-  def __init__(self, config: config_lib.Gem, branch: Branch, dim: int, dtype: str, rngs: nnx.Rngs):
-    make = {"dtype": dtype, "rngs": rngs}
-    attention = config.fine if branch.stride == 1 else config.coarse
-    personal = config.personalised and config.exchange
-    self.norm = LayerNorm(dim, dtype, rngs) if personal else None
-    self.personal = PersonalisedFfn(config.cls * dim, dim, **make) if personal else None
-    make |= {"dropout": config.dropout}
-    if config.cell == "hstu":
-      self.cell = HstuBlock(attention, dim, norm=branch.length, **make)
-    else:
-      self.cell = TransformerBlock(attention, dim, causal=True, hidden=2 * dim, **make)
-
-  def __call__(self, tokens: Tokens, sum_BMD: jax.Array | None, key_B: Key) -> jax.Array:
-    if self.personal is not None:
-      normed = tokens._replace(x_ED=self.norm(tokens.x_ED))
-      own_ED = self.personal(rearrange(sum_BMD, "b m d -> b (m d)"), normed)
-      tokens = tokens._replace(x_ED=tokens.x_ED + own_ED)
-    return self.cell(tokens, key_B)
-
-
-class BranchSummary(nnx.Module):
-  """(X_sum, sequences) -> S_sum of all branches; `outputs` counts its units."""
-
-  def __init__(
-    self, config: config_lib.Gem, branches: tuple[Branch, ...], dim: int, dtype: str, rngs
-  ):
-    make = {"dtype": dtype, "rngs": rngs}
-    cross = (config.cls if config.cross else 0) + config.target
-    summary = lambda b: SequenceSummary(
-      config.coarse, dim, cross=cross, pma=config.pma,
-      recent=config.recent if b.stride == 1 else 0, **make,
-    )  # fmt: skip
-    self.sequences = nnx.List([summary(b) for b in branches])
-    self.gate = Gating(config.gating, dim, **make)
-    self.outputs = sum(s.units for s in self.sequences)
-    self.cross, self.target = config.cross, config.target
-
-  def __call__(
-    self, x_sum_BMD: jax.Array | None, sequences: list[Tokens], candidates: list[jax.Array]
-  ) -> jax.Array:
-    """`candidates` has the candidate's token (B, D) for every branch; X_sum is read for `cross`."""
-    parts = []
-    for summary, tokens, candidate_BD in zip(self.sequences, sequences, candidates):
-      asked = [x_sum_BMD] if self.cross else []
-      asked += [candidate_BD[:, None]] if self.target else []
-      parts.append(summary(tokens, jnp.concatenate(asked, 1) if asked else None))
-    return self.gate(jnp.concatenate(parts, 1))
 
 
 class GemLayer(nnx.Module):
@@ -231,6 +173,10 @@ class Gem(nnx.Module):
     self.branches = tuple(
       Branch(h.name, stride, -(-h.length // stride)) for h in histories for stride in config.strides
     )
+    ahead = histories if config.next_event else ()
+    front = lambda h: make_cell(config, Branch(h.name, 1, h.length), dim, dtype, rngs)
+    self.fronts = nnx.List([front(h) for h in ahead])
+    self.next = nnx.List([NextEvent(dim, **make) for _ in ahead])
     remember = lambda: UnitLinear(units, config.memory_units, **make)
     self.memory = remember() if config.memory_units else None
     self.first = WukongLayer(config, units, dim, dtype, rngs, float8_mlp)
@@ -265,6 +211,12 @@ class Gem(nnx.Module):
     asking = [events.candidate(x_BND) for events in self.events]
     interests = [run(kept, of, *past)[:, None] for of, *past in zip(self.interests, tokens, asking)]
     x_BND = jnp.concatenate([x_BND, *interests], 1)
+    for i, (front, follow) in enumerate(zip(self.fronts, self.next)):
+      key = fold(fold(key_B, 3), i)
+      tokens[i] = tokens[i]._replace(x_ED=run(kept, front, tokens[i], key))
+      item = next(place for place, unit in enumerate(self.events[i].places) if unit >= 0)
+      item_ED = histories[self.names[i]].units_EFD[:, item]
+      self.sow(Next, "following", run(kept, follow, tokens[i], item_ED))
     past, candidate = dict(zip(self.names, tokens)), dict(zip(self.names, asking))
     branches = [
       past[name] if stride == 1 else tokens_lib.coarsen(past[name], stride)

@@ -47,7 +47,7 @@ def _check(model: config_lib.Model, histories: tuple[HistorySpec, ...]) -> None:
     reads = asks = True
   elif isinstance(model, config_lib.Gem):
     reads = model.strides or model.interest
-    asks = model.interest or (model.strides and model.target)
+    asks = model.interest or (model.strides and (model.target or model.next_event))
   if reads and not histories:
     raise config_lib.ConfigError(
       f"config.model is {name}, which reads histories, but the data have none; take Wukong, or "

@@ -66,9 +66,9 @@ def activation_bytes(trainer: Trainer, batch: Batch) -> int:
 
   def on_device(params, rows, batch):
     key_B = example_keys(jax.random.key(0), 0, len(batch.weight_B))
-    logits_of = lambda params, rows, dense_BF: trainer.predict(
+    logits_of = lambda params, rows, dense_BF: trainer.apply(
       params, rows, batch._replace(dense_BF=dense_BF), key_B
-    )
+    )[0]
     found.append(bytes_saved(logits_of, params, rows, batch.dense_BF))
     return 0
 

@@ -94,6 +94,8 @@ def _readers(model: config_lib.Model) -> Iterator[_Reader]:
       times = 1 + model.layers * model.exchange
       queries = times * (model.pma + (model.cls if model.cross else 0) + model.target)
       personal = model.exchange and model.personalised
+      if model.next_event:
+        yield _Reader(model.fine, 1, 1, 0, False)
       for stride in model.strides:
         attention = model.fine if stride == 1 else model.coarse
         yield _Reader(attention, stride, model.layers, queries, personal)

@@ -26,6 +26,7 @@ from gemjax.embedding import (
 )
 from gemjax.features import Batch, FeatureSet
 from gemjax.layers.events import EventRows, HistorySpec
+from gemjax.layers.next_event import Next, NextEvents
 from gemjax.models import Ranker
 from gemjax.parallel.mesh import make_mesh
 from gemjax.parallel.placement import param_specs, state_specs
@@ -60,8 +61,14 @@ class Trainer:
   mesh: Mesh
   specs: TrainState  # Of PartitionSpecs.
 
-  def predict(self, params, rows, batch: Batch, key_B=None) -> jax.Array:
-    """logits_BT of a batch from its looked-up rows; with keys it drops out."""
+  def predict(self, params, rows, batch: Batch) -> jax.Array:
+    """logits_BT of a batch from its looked-up rows."""
+    return self.apply(params, rows, batch)[0]
+
+  def apply(
+    self, params, rows, batch: Batch, key_B=None
+  ) -> tuple[jax.Array, tuple[NextEvents, ...]]:
+    """(logits_BT, what its events say of those behind them); with keys it drops out."""
     looked = assemble(self.tables.layout, rows, batch)
     histories = {
       name: EventRows(looked.events_EFD[name], events.age_E, events.lengths_B)
@@ -72,7 +79,10 @@ class Trainer:
       domain_B = batch.ids_BS[:, column]
       domain_B = domain_B[..., 0].astype(jnp.int32) if self.features.wide else domain_B
     ranker = nnx.merge(self.graph, params)
-    return ranker(looked.units_BND, looked.small_BSW, batch.dense_BF, key_B, histories, domain_B)
+    args = (looked.units_BND, looked.small_BSW, batch.dense_BF, key_B, histories, domain_B)
+    logits_BT, following = ranker(*args), nnx.pop(ranker, Next)
+    is_next = lambda x: isinstance(x, NextEvents)
+    return logits_BT, tuple(jax.tree.leaves(following, is_leaf=is_next))
 
   @property
   def shardings(self) -> TrainState:

@@ -19,6 +19,7 @@ from gemjax.config import DATA, MODEL
 from gemjax.embedding import Plans, Rows, Stacks
 from gemjax.features import Batch
 from gemjax.layers.dropout import example_keys
+from gemjax.layers.next_event import NextEvents, next_event_loss, others
 from gemjax.parallel.arrays import BATCH
 from gemjax.parallel.placement import reduce_gradients
 from gemjax.train.losses import binary_cross_entropy
@@ -31,7 +32,7 @@ ALL = (DATA, MODEL)
 class Report(NamedTuple):
   """What a step tells of itself."""
 
-  loss: jax.Array  # Before the step.
+  loss: jax.Array  # Before the step, of the labels alone.
   exchange_rounds: jax.Array  # 1 where the capacity sufficed; 0 where nothing is exchanged.
 
 
@@ -182,14 +183,15 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upc
     known = known._replace(rows=_looked_up(trainer, stacks, known.plans))
 
   def loss_of(params, rows):
-    logits_BT = trainer.predict(params, rows, batch, key_B)
+    logits_BT, following = trainer.apply(params, rows, batch, key_B)
     loss = binary_cross_entropy(
       logits_BT, batch.label_BT, batch.weight_B, task_weight_T, total_weight
     )
-    return loss, logits_BT
+    ahead = sum(map(_next_event_loss, following))
+    return loss + getattr(config.model, "next_event", 0) * ahead, (loss, logits_BT)
 
   with_gradient = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-  (loss, logits_BT), (dense_grad, rows_grad) = with_gradient(params, rows)
+  (_, (loss, logits_BT)), (dense_grad, rows_grad) = with_gradient(params, rows)
   dense_grad = reduce_gradients(dense_grad, trainer.specs.params)
   learning_rate = config.embedding.learning_rate * trainer.share(step)
   # Written out by rows: read in another order below, a sum still to be done would be done anew for
@@ -207,6 +209,12 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upc
   loss, sums, finite = jax.lax.psum((loss, sums, finite), ALL)
   report = Report(loss, tables.rounds(plans))
   return _Result(dense_grad, stacks, known, sums, finite, report)
+
+
+def _next_event_loss(following: NextEvents) -> jax.Array:
+  """This device's part."""
+  total = jax.lax.psum(following.followed_E.sum(), ALL)
+  return next_event_loss(following, *others(following, ALL), total)
 
 
 def _key(seed, step) -> jax.Array:

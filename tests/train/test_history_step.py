@@ -8,6 +8,7 @@ import pytest
 
 from gemjax import config as c
 from gemjax.features import Batch, Dense, EventColumn, Events, FeatureSet, History, Sparse
+from gemjax.layers import mlp
 from gemjax.parallel import placement
 from gemjax.parallel.arrays import to_devices
 from gemjax.parallel.mesh import make_mesh
@@ -43,7 +44,7 @@ GEM = c.Gem(
 INTERFORMER = c.InterFormer(
   layers=1, cls=2, pma=1, recent=2, attention=ATTENTION, rank=4, mlp=(8,), head=(8,), **RATES
 )
-COARSE = dataclasses.replace(GEM, strides=(4,), recent=0)
+COARSE = dataclasses.replace(GEM, strides=(4,), recent=0, next_event=0.5)
 # Model, histories, mesh. Compilation, nearly all of the time, grows with every branch.
 CASES = [
   pytest.param(COARSE, 2, (2, 4), id="gem of one branch-2x4"),
@@ -124,6 +125,7 @@ def smooth():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(placement, "SMALLEST_SHARDED", 1)
     patch.setattr(jax.nn, "relu", jax.nn.silu)
+    patch.setattr(mlp, "relu", jax.nn.silu)
     yield
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from gemjax import config as c
 from gemjax.features import Batch, Dense, FeatureSet, Jagged, Sequence, Sparse
+from gemjax.layers import mlp
 from gemjax.parallel import placement
 from gemjax.parallel.arrays import to_devices
 from gemjax.parallel.mesh import make_mesh
@@ -129,6 +130,7 @@ def smooth():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(placement, "SMALLEST_SHARDED", 1)
     patch.setattr(jax.nn, "relu", jax.nn.silu)
+    patch.setattr(mlp, "relu", jax.nn.silu)
     yield
 
 

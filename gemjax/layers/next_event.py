@@ -1,0 +1,86 @@
+"""Which event comes next: an objective of its own for a history, with no label but the past.
+
+Letters: B examples, E slots for events, D width, K other events.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemjax.layers import tokens as tokens_lib
+from gemjax.layers.linear import Linear
+from gemjax.layers.norm import LayerNorm
+from gemjax.layers.tokens import Tokens
+
+OTHERS = 128  # K
+_NONE = -1e30  # A score whose exp is 0; with -inf for all the gradient would be 0 / 0.
+
+
+class Next(nnx.Intermediate):
+  """`NextEvents` of a model's histories, for who trains it."""
+
+
+class NextEvents(NamedTuple):
+  """Of one history of a batch or of a part of it."""
+
+  asks_ED: jax.Array  # float32, what an event says of the one behind it.
+  item_ED: jax.Array  # float32
+  followed_E: jax.Array  # Whether the slot behind it is of the same example.
+  newest_BD: jax.Array  # The item of every example's last event.
+  any_B: jax.Array  # Whether it has one.
+
+
+class NextEvent(nnx.Module):
+  """(tokens, items) -> `NextEvents`: an event asks sqrt(D) (LN(x_e) W + b), of width D.
+
+  x_e must know the events up to e alone.
+  """
+
+  def __init__(self, dim: int, *, dtype: str, rngs: nnx.Rngs):
+    self.norm = LayerNorm(dim, dtype, rngs)
+    self.ask = Linear(dim, dim, dtype=dtype, rngs=rngs)
+
+  @jax.named_scope("next_event")
+  def __call__(self, tokens: Tokens, item_ED: jax.Array) -> NextEvents:
+    E, D = tokens.x_ED.shape
+    asks_ED = self.ask(self.norm(tokens.x_ED)).astype(jnp.float32) * D**0.5
+    item_ED = item_ED.astype(jnp.float32)
+    last_B = tokens.offsets_B1[1:] - 1
+    ends_E = (
+      jnp.zeros(E, bool)
+      .at[jnp.where(jnp.diff(tokens.offsets_B1) > 0, last_B, E)]
+      .set(True, mode="drop")
+    )
+    followed_E = (jnp.arange(E) < tokens.offsets_B1[-1]) & ~ends_E
+    newest_BD = tokens_lib.last(tokens._replace(x_ED=item_ED), 1)[:, 0]
+    return NextEvents(asks_ED, item_ED, followed_E, newest_BD, jnp.diff(tokens.offsets_B1) > 0)
+
+
+def others(of: NextEvents, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+  """(items_KD, there_K): the newest events of the first K examples of the batch whose parts lie on
+  the mesh's `axes`, so that they do not depend on how many parts it has.
+  """
+  gather = lambda x: jax.lax.all_gather(x[:OTHERS], axes, tiled=True)[:OTHERS]
+  return gather(of.newest_BD), gather(of.any_B)
+
+
+def next_event_loss(
+  of: NextEvents, items_KD: jax.Array, there_K: jax.Array, total: jax.Array
+) -> jax.Array:
+  """-sum_e log(exp s_e / (exp s_e + sum_k exp s_ek)) / total, in nats; a scalar.
+
+  s_e = asks_e . item_{e+1}, s_ek = asks_e . items_k, over the events e that have a next one, of
+  which the whole batch has `total`: parts add up. Others come as often as they are frequent, so
+  that what is learnt is how much more likely than that an event follows.
+
+  Source: the sampled softmax of SASRec's successors, with negatives of the batch as in Yi et al.
+  2019 (RecSys), uncorrected; as a second objective of a ranker DIEN's (arXiv 1809.03672, 4.2).
+  """
+  next_E = jnp.vecdot(of.asks_ED[:-1], of.item_ED[1:])
+  other_EK = jnp.where(there_K, of.asks_ED[:-1] @ items_KD.T, _NONE)
+  all_E = jnp.logaddexp(next_E, jax.nn.logsumexp(other_EK, axis=1))
+  return jnp.where(of.followed_E[:-1], all_E - next_E, 0).sum() / jnp.maximum(total, 1)
