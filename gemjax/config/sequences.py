@@ -94,7 +94,8 @@ class Gem:
   # Sequence towers: for every history a pyramid of branches side by side.
   strides: tuple[int, ...] = (1, 8)  # Events a token of each branch; (): no towers.
   cell: str = "transformer"  # transformer | hstu
-  # Weight of the loss of which event comes next, told by a block in front of all; 0: neither.
+  # Weight of the loss of which event comes next, by a history's first column that shares a table
+  # with a feature, told by a block in front of all; 0: neither.
   next_event: float = 0.0
   fine: Attention = dataclasses.field(
     default_factory=lambda: Attention(block=64, rope=10000.0, qk_norm=True)

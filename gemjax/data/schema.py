@@ -115,7 +115,7 @@ class Column:
       raise SchemaError(f"kind {self.kind!r} is unknown; choose from {list(FIELDS)}")
     for field in dataclasses.fields(self)[1:]:
       value = getattr(self, field.name)
-      if value == field.default:
+      if value == field.default and type(value) is type(field.default):
         continue
       if field.name not in FIELDS[self.kind]:
         allowed = sorted(FIELDS[self.kind])

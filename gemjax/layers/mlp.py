@@ -15,7 +15,9 @@ from gemjax.layers.linear import Linear
 
 @jax.custom_vjp
 def relu(x: jax.Array) -> jax.Array:
-  """max(x, 0), whose gradient is told from its output, which the next map keeps anyway."""
+  """max(x, 0), whose gradient is told from its output. Behind no barrier XLA would tell it from x:
+  then cuBLAS writes x, and max(x, 0) is a pass of its own.
+  """
   return jax.nn.relu(x)
 
 
@@ -54,7 +56,7 @@ class Mlp(nnx.Module):
   ):
     widths = (inputs, *hidden, outputs)
     dtypes = [dtype] * len(hidden) + [last_dtype or dtype]
-    self.dropout = dropout
+    self.dropout, self.float8 = dropout, float8
     self.layers = nnx.List(
       [
         Linear(i, o, dtype=t, rngs=rngs, float8=float8)
@@ -74,8 +76,11 @@ class Mlp(nnx.Module):
   def hidden(self, x_BI: jax.Array, key_B: Key = None, outer: int = 0) -> jax.Array:
     """What the last layer reads: x itself where no layer is hidden."""
     h = x_BI
+    # The next map keeps what it reads for its own gradient: the ReLU's output, or else a mask is
+    # less to keep than that.
+    activate = jax.nn.relu if self.dropout or self.float8 else relu
     for i, layer in enumerate(self.layers[:-1]):
       h = layer(h, 0 if i else outer)
       h = self.norms[i](h) if self.norms else h
-      h = dropout(relu(h), self.dropout, fold(key_B, i))
+      h = dropout(activate(h), self.dropout, fold(key_B, i))
     return h

@@ -37,7 +37,7 @@ class NextEvents(NamedTuple):
 class NextEvent(nnx.Module):
   """(tokens, items) -> `NextEvents`: an event asks sqrt(D) (LN(x_e) W + b), of width D.
 
-  x_e must know the events up to e alone.
+  x_e must know the events up to e alone. What an event's item is, is the caller's to say.
   """
 
   def __init__(self, dim: int, *, dtype: str, rngs: nnx.Rngs):
@@ -64,8 +64,14 @@ def others(of: NextEvents, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]
   """(items_KD, there_K): the newest events of the first K examples of the batch whose parts lie on
   the mesh's `axes`, so that they do not depend on how many parts it has.
   """
-  gather = lambda x: jax.lax.all_gather(x[:OTHERS], axes, tiled=True)[:OTHERS]
-  return gather(of.newest_BD), gather(of.any_B)
+  B = len(of.any_B)
+  place_B = jax.lax.axis_index(axes) * B + jnp.arange(B)
+
+  def first(x):
+    own = jnp.zeros((OTHERS, *x.shape[1:]), x.dtype).at[place_B].set(x, mode="drop")
+    return jax.lax.psum(own, axes)
+
+  return first(of.newest_BD), first(of.any_B.astype(jnp.int32)) > 0
 
 
 def next_event_loss(
@@ -75,7 +81,8 @@ def next_event_loss(
 
   s_e = asks_e . item_{e+1}, s_ek = asks_e . items_k, over the events e that have a next one, of
   which the whole batch has `total`: parts add up. Others come as often as they are frequent, so
-  that what is learnt is how much more likely than that an event follows.
+  that what is learnt is how much more likely than that an event follows; the next one itself may
+  be among them.
 
   Source: the sampled softmax of SASRec's successors, with negatives of the batch as in Yi et al.
   2019 (RecSys), uncorrected; as a second objective of a ranker DIEN's (arXiv 1809.03672, 4.2).

@@ -29,7 +29,8 @@ stride s has the means of s neighbours, which attend over all before them: O((T 
 sequence lives on from layer to layer (GEM's post).
 
 With `next_event` the loss has a second part, so many times that of which item comes next, told by
-S_1 = cell(S_0) before it has heard of the example (gemjax/layers/next_event.py).
+S_1 = cell(S_0) before it has heard of the example (gemjax/layers/next_event.py). The item is the
+first unit of the history's first column that shares a table with a feature of the example.
 
 | choice                                                                        | whose       |
 |-------------------------------------------------------------------------------|-------------|

@@ -16,6 +16,7 @@ from gemjax.features import HISTORY_STEPS, Batch, Events, FeatureSet, Jagged, ev
 from gemjax.layers.dropout import example_keys
 from gemjax.layers.saved import bytes_saved
 from gemjax.parallel.arrays import BATCH
+from gemjax.train.losses import next_events
 from gemjax.train.state import Trainer, make_trainer
 
 
@@ -66,10 +67,12 @@ def activation_bytes(trainer: Trainer, batch: Batch) -> int:
 
   def on_device(params, rows, batch):
     key_B = example_keys(jax.random.key(0), 0, len(batch.weight_B))
-    logits_of = lambda params, rows, dense_BF: trainer.apply(
-      params, rows, batch._replace(dense_BF=dense_BF), key_B
-    )[0]
-    found.append(bytes_saved(logits_of, params, rows, batch.dense_BF))
+
+    def told(params, rows, dense_BF):
+      logits_BT, following = trainer.apply(params, rows, batch._replace(dense_BF=dense_BF), key_B)
+      return logits_BT, next_events(following)
+
+    found.append(bytes_saved(told, params, rows, batch.dense_BF))
     return 0
 
   measure = jax.shard_map(

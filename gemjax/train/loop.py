@@ -186,6 +186,8 @@ class _Run:
     loss = float(np.mean([report.loss for report in reports]))
     result = next(iter(self._train_metrics(state).values()))
     scalars = {"loss": loss, "ne": result["ne"], "auc": result["auc_binned"]}
+    if getattr(self.config.model, "next_event", 0):
+      scalars["next_event"] = float(np.mean([report.next_event for report in reports]))
     if rounds := max(int(report.exchange_rounds) for report in reports):
       scalars["exchange_rounds"] = rounds
     if self.data.features.history:
@@ -269,7 +271,7 @@ class _Run:
     summary = {
       "name": self.config.name,
       "train": {
-        "loss": self.train_loss,
+        "loss": self.train_loss if math.isfinite(self.train_loss) else None,
         "steps": done,
         "best_step": self.best.step,
         "examples_per_second": done * batch / max(self.seconds, 1e-9),

@@ -1,11 +1,13 @@
-"""The training objective."""
+"""The parts of the training objective."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from gemjax.config import DATA, MODEL
 from gemjax.features import UNLABELLED
+from gemjax.layers.next_event import NextEvents, next_event_loss, others
 
 
 def binary_cross_entropy(
@@ -25,3 +27,12 @@ def binary_cross_entropy(
   loss_BT = jnp.where(label_BT == UNLABELLED, 0, loss_BT)
   sum_T = jnp.einsum("bt,b->t", loss_BT, weight_B)
   return sum_T @ task_weight_T / jnp.maximum(total_weight, 1)
+
+
+def next_events(following: tuple[NextEvents, ...]) -> jax.Array:
+  """The sum over histories of this device's part of `next_event_loss`, inside `jax.shard_map`."""
+  total = jnp.zeros(())
+  for of in following:
+    count = jax.lax.psum(of.followed_E.sum(), (DATA, MODEL))
+    total += next_event_loss(of, *others(of, (DATA, MODEL)), count)
+  return total

@@ -19,10 +19,9 @@ from gemjax.config import DATA, MODEL
 from gemjax.embedding import Plans, Rows, Stacks
 from gemjax.features import Batch
 from gemjax.layers.dropout import example_keys
-from gemjax.layers.next_event import NextEvents, next_event_loss, others
 from gemjax.parallel.arrays import BATCH
 from gemjax.parallel.placement import reduce_gradients
-from gemjax.train.losses import binary_cross_entropy
+from gemjax.train.losses import binary_cross_entropy, next_events
 from gemjax.train.state import Trainer, TrainState
 
 REPLICATED = PartitionSpec()
@@ -33,6 +32,7 @@ class Report(NamedTuple):
   """What a step tells of itself."""
 
   loss: jax.Array  # Before the step, of the labels alone.
+  next_event: jax.Array  # The loss of what histories tell of themselves, without its weight; or 0.
   exchange_rounds: jax.Array  # 1 where the capacity sufficed; 0 where nothing is exchanged.
 
 
@@ -187,11 +187,13 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upc
     loss = binary_cross_entropy(
       logits_BT, batch.label_BT, batch.weight_B, task_weight_T, total_weight
     )
-    ahead = sum(map(_next_event_loss, following))
-    return loss + getattr(config.model, "next_event", 0) * ahead, (loss, logits_BT)
+    next_event = next_events(following)
+    objective = loss + getattr(config.model, "next_event", 0) * next_event
+    return objective, (loss, next_event, logits_BT)
 
   with_gradient = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-  (_, (loss, logits_BT)), (dense_grad, rows_grad) = with_gradient(params, rows)
+  (objective, told), (dense_grad, rows_grad) = with_gradient(params, rows)
+  loss, next_event, logits_BT = told
   dense_grad = reduce_gradients(dense_grad, trainer.specs.params)
   learning_rate = config.embedding.learning_rate * trainer.share(step)
   # Written out by rows: read in another order below, a sum still to be done would be done anew for
@@ -201,20 +203,14 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upc
     stacks = _updated(trainer, stacks, plans, rows_grad, learning_rate, key)
   else:
     known = known._replace(owed=Owed(plans, rows_grad, learning_rate[None]))
-  finite = {"loss": loss}
+  finite = {"loss": objective}
   for outer, tree in dense_grad.items():
     finite |= {f"gradient of {outer}.{inner}": _total(t) for inner, t in tree.items()}
   finite |= {f"gradient of tables {name}": _total(g) for name, g in rows_grad.items()}
   sums = metrics.of_batch(logits_BT, batch.label_BT, batch.weight_B)
-  loss, sums, finite = jax.lax.psum((loss, sums, finite), ALL)
-  report = Report(loss, tables.rounds(plans))
+  loss, next_event, sums, finite = jax.lax.psum((loss, next_event, sums, finite), ALL)
+  report = Report(loss, next_event, tables.rounds(plans))
   return _Result(dense_grad, stacks, known, sums, finite, report)
-
-
-def _next_event_loss(following: NextEvents) -> jax.Array:
-  """This device's part."""
-  total = jax.lax.psum(following.followed_E.sum(), ALL)
-  return next_event_loss(following, *others(following, ALL), total)
 
 
 def _key(seed, step) -> jax.Array:
@@ -224,8 +220,8 @@ def _key(seed, step) -> jax.Array:
 
 @jax.named_scope("lookup")
 def _looked_up(trainer: Trainer, stacks: Stacks, plans: Plans) -> Rows:
-  """In the type that the model computes in: it would round them so first of all, and what it says
-  of their gradients has no more digits.
+  """In the type that the model computes in, to which it would round them first of all. So are their
+  gradients; of an event's, which several parts of a model read, they are added in it.
   """
   narrow = lambda rows_MW: rows_MW.astype(trainer.config.train.dtype)
   return jax.tree.map(narrow, trainer.tables.lookup(stacks, plans))

@@ -1,5 +1,6 @@
 """The training step against a dense oracle, and what it promises about memory and reporting."""
 
+import dataclasses
 import functools
 
 import jax
@@ -17,7 +18,13 @@ from gemjax.train.flops import matmul_flops
 from gemjax.train.losses import binary_cross_entropy
 from gemjax.train.optimizer import dense_optimizer, schedule
 from gemjax.train.state import NEVER, init_state, make_trainer
-from gemjax.train.step import plan_step, predict_step, train_step
+from gemjax.train.step import (
+  look_up_step,
+  plan_step,
+  predict_step,
+  settle_step,
+  train_step,
+)
 
 B = 16
 
@@ -118,6 +125,27 @@ def test_an_unlabelled_example_teaches_its_task_nothing():
   np.testing.assert_allclose(got, (share * entropy).sum(), rtol=1e-6)
   np.testing.assert_allclose(grad, share * (p - known), rtol=1e-5, atol=1e-8)
   assert (np.asarray(grad)[::2, 0] == 0).all() and (label[:, 1] != UNLABELLED).all()
+
+
+def test_a_step_in_bfloat16_is_near_that_in_float32():
+  """Rows and gradients are narrow between tables and model, sums over duplicates are not."""
+  exact = trainer("sgd", lookup="ahead")
+  narrow = dataclasses.replace(exact.config.train, dtype="bfloat16")
+  config = dataclasses.replace(exact.config, train=narrow)
+  tables = {}
+  for t in (exact, make_trainer(config, features(), steps=100)):
+    state, b = init_state(t, 0), batch()
+    born = state.stacks
+    ahead = look_up_step(t, state, plan_step(t, b))
+    for _ in range(2):
+      state, ahead, _ = jax.jit(functools.partial(train_step, t))(state, ahead, b, b)
+    dtypes = {x.dtype for x in (*ahead.rows.values(), *ahead.owed.grads.values())}
+    assert dtypes == {jnp.dtype(t.config.train.dtype)}
+    state = settle_step(t, state, ahead.owed)
+    tables[t.config.train.dtype] = {n: s.rows_RW - born[n].rows_RW for n, s in state.stacks.items()}
+  for name, moved in tables["float32"].items():
+    error = jnp.linalg.norm(tables["bfloat16"][name] - moved) / jnp.linalg.norm(moved)
+    assert 1e-5 < error < 0.05
 
 
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "lazy_adam", "sgd"])
