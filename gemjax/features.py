@@ -169,8 +169,8 @@ class FeatureSet:
     try:
       kinds = {k: tuple(_spec(c, f) for f in tree[k]) for k, c in _KINDS.items()}
       rest = {k: v for k, v in tree.items() if k not in _KINDS}
-      texts = {k: tuple(tree.get(k, ())) for k in ("tasks", "optional")}
-      return cls(**kinds, **rest | texts)
+      tasks, optional = tuple(tree["tasks"]), tuple(tree.get("optional", ()))  # A younger field.
+      return cls(**kinds, **rest | {"tasks": tasks, "optional": optional})
     except (KeyError, TypeError) as error:
       raise FeatureError(f"not a feature set: {error}") from error
 
