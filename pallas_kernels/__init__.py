@@ -30,3 +30,4 @@ from pallas_kernels.quantize_fp8.api import quantize_fp8 as quantize_fp8
 from pallas_kernels.rows import take_rows as take_rows
 from pallas_kernels.rowwise_adagrad.api import rowwise_adagrad_update as rowwise_adagrad_update
 from pallas_kernels.rowwise_adagrad.runs import sorted_runs as sorted_runs
+from pallas_kernels.sum_runs.api import sum_runs as sum_runs

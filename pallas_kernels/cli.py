@@ -20,6 +20,7 @@ OPS = (
   "jagged_dense",
   "jagged_concat",
   "jagged_matmul",
+  "sum_runs",
   "rowwise_adagrad",
   "fm_interaction",
   "quantize_fp8",

@@ -64,7 +64,7 @@ class ColumnSharded:
 
     mine_NV = rearrange(grad_MW, "m (l v) -> (l m) v", l=self.model)
     grad_NV = moved(mine_NV, rule.gradient_dtype, to_owners)
-    sum_UV = sum_duplicates(plan.merged, grad_NV.astype(jnp.float32))
+    sum_UV = sum_duplicates(plan.merged, grad_NV)
     return rule.write(stack, plan.merged.unique_U, sum_UV, learning_rate, key, self.held)
 
   def _exchanged(self, x_NX: jax.Array) -> jax.Array:

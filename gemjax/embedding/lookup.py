@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from gemjax.embedding.duplicates import sum_runs
 from gemjax.embedding.tables import StackLayout, TableLayout
 from gemjax.features import Batch
-from pallas_kernels.segments import segment_of_rows
+from pallas_kernels import jagged_pool
 
 Rows = dict[str, jax.Array]  # Stack name -> (M, W)
 
@@ -119,9 +118,5 @@ def candidate_units(layout: TableLayout, history: str) -> tuple[int, ...]:
 
 def mean_pool(rows_EW: jax.Array, lengths_B: jax.Array) -> jax.Array:
   """(B, W): the mean of each example's values, summed in float32, zeros where it has none."""
-  batch_size = len(lengths_B)
-  # Slots beyond the last example fall into segment B, which is cut off.
   offsets_B1 = jnp.pad(jnp.cumsum(lengths_B), (1, 0))
-  segment_E = segment_of_rows(offsets_B1, len(rows_EW))
-  sum_BW = sum_runs(rows_EW.astype(jnp.float32), segment_E, batch_size + 1)[:-1]
-  return (sum_BW / jnp.maximum(lengths_B, 1)[:, None]).astype(rows_EW.dtype)
+  return jagged_pool(rows_EW, offsets_B1, mode="mean")

@@ -58,7 +58,7 @@ class Replicated:
     own, sum_UW = plan.own, sum_duplicates(plan.own, grad_MW)
     if plan.merged is not None:
       gather = lambda x_UX: jax.lax.all_gather(x_UX, self.axes, tiled=True)
-      all_GUW = moved(sum_UW, rule.gradient_dtype, gather).astype(jnp.float32)
+      all_GUW = moved(sum_UW, rule.gradient_dtype, gather)
       own, sum_UW = plan.merged, sum_duplicates(plan.merged, all_GUW)
     return rule.write(stack, own.unique_U, sum_UW, learning_rate, key, self.held)
 

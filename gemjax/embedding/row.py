@@ -120,8 +120,9 @@ class RowSharded:
       index_LC = jnp.where(index_LC < round_.end_L[:, None], index_LC, len(sums[0]))
       sent = [take_rows(sum_UV, index_LC.reshape(-1)) for sum_UV in sums]
       got = [moved(sent_NV, rule.gradient_dtype, to_owners) for sent_NV in sent]
-      total_of = lambda grad_NV: sum_duplicates(round_.merged, grad_NV.astype(jnp.float32))
-      total_NW = jnp.concatenate(_in_turn(total_of, got), axis=1)
+      total_NW = jnp.concatenate(
+        _in_turn(functools.partial(sum_duplicates, round_.merged), got), axis=1
+      )
       row_N = round_.merged.unique_U
       return rule.write(stack, row_N, total_NW, learning_rate, key, self.held, tick=tick)
 

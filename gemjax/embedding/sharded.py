@@ -114,7 +114,8 @@ class ShardedTables:
     keys = self._keys(key)
 
     def update(s: StackLayout, stack, plan, grad_MW):
-      grad_MW = grad_MW.astype(jnp.float32) * (self.data if self.averaged else 1)
+      if self.averaged:
+        grad_MW = grad_MW.astype(jnp.float32) * self.data
       rule, placed = self.rule(s), self._placed(s)
       return placed.update(rule, stack, plan, grad_MW, learning_rate, keys[s.name])
 

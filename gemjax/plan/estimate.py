@@ -19,7 +19,7 @@ from typing import NamedTuple
 from gemjax.plan import hlo
 from gemjax.plan.collectives import Collective
 from gemjax.plan.rates import KERNEL_SECONDS, Rates, link_seconds
-from gemjax.plan.work import FREE, Work, kernel_name, work
+from gemjax.plan.work import FREE, Work, multiplies, work
 
 # What JAX's transformations, loops and the equations of products add to an op_name.
 _WRAPPERS = re.compile(r"jit\([^()]*\)|\b(jvp|transpose|vmap|checkpoint|remat)\(|[()]")
@@ -94,7 +94,7 @@ def estimate(
     rates: Of its GPU.
     gpus_per_host: Devices that NVLink joins.
     kernel_flops: Matrix FLOPs of the Pallas kernels of a run, whose loops follow the data; they
-      are shared out by the bytes that a kernel moves.
+      are shared out by the bytes that those move which multiply.
   """
   return _Walk(hlo.parse(text), collectives, rates, gpus_per_host, kernel_flops).done()
 
@@ -198,7 +198,7 @@ class _Walk:
     done = work(self.module, computation, ins)
     if not done.bytes:
       return 0.0
-    if kernel_name(ins):
+    if multiplies(ins):
       done = Work(int(self.flops_a_byte * done.bytes), "bf16", True, done.bytes)
     times = [KERNEL_SECONDS, done.bytes / self.rates.memory]
     if done.flops:
@@ -210,7 +210,7 @@ class _Walk:
     return max(times)
 
   def _kernel_bytes(self, here: hlo.Reached) -> int:
-    kernels = [i for i in here.computation.instructions if kernel_name(i)]
+    kernels = [i for i in here.computation.instructions if multiplies(i)]
     each = [work(self.module, here.computation, i).bytes for i in kernels]
     return 0 if here.dynamic else here.trips * sum(each)
 

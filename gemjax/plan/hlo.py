@@ -40,6 +40,9 @@ class Shape(NamedTuple):
     return (bits + 7) // 8
 
 
+_ALIAS = re.compile(r"\{(\d*)\}: \((\d+), ")
+
+
 class Instruction(NamedTuple):
   """One line. `shapes` are the leaves of the result, from left to right."""
 
@@ -54,6 +57,12 @@ class Instruction(NamedTuple):
   def op_name(self) -> str:
     """Where in the JAX program it comes from, e.g. "jit(step)/shard_map/all_to_all"."""
     return _first(r'op_name="([^"]*)"', self.attributes) or ""
+
+  @property
+  def aliases(self) -> dict[int, int]:
+    """Leaf of the result -> the operand whose memory a custom call writes it into."""
+    text = self.attributes.partition("output_to_operand_aliasing=")[2]
+    return {int(leaf or 0): int(operand) for leaf, operand in _ALIAS.findall(text)}
 
   def called(self, *attributes: str) -> list[str]:
     """Names of the computations that the given attributes (`body`, `calls`, ...) refer to."""

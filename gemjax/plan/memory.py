@@ -188,9 +188,7 @@ def _is_in_place(module: hlo.Module, ins: hlo.Instruction, leaf: int) -> bool:
   if ins.opcode in _IN_PLACE:
     return True
   if ins.opcode == "custom-call":
-    aliases = ins.attributes.partition("output_to_operand_aliasing=")[2]
-    outputs = re.findall(r"\{(\d*)\}: \(\d+, ", aliases)
-    return str(leaf) in outputs or (outputs == [""] and len(ins.shapes) == 1)
+    return leaf in ins.aliases
   if ins.opcode != "fusion":
     return False
   inside = module.computations[ins.called("calls")[0]]

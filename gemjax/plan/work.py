@@ -15,6 +15,7 @@ _READ_IN_PART = {"gather", "dynamic-slice", "slice"}
 _WRITTEN_IN_PART = {"scatter", "dynamic-update-slice"}
 SORT_PASSES = 8  # A radix sort of 32 to 64 bits reads and writes its keys about so often.
 _PALLAS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")
+_MULTIPLY = ("jagged_attention", "jagged_matmul", "fm_interaction")  # Ops whose kernels do.
 
 
 class Work(NamedTuple):
@@ -48,6 +49,11 @@ def kernel_name(ins: hlo.Instruction) -> str | None:
   return found[1] if found else "pallas"
 
 
+def multiplies(ins: hlo.Instruction) -> bool:
+  """Whether it is a Pallas kernel with matrix products."""
+  return (kernel_name(ins) or "").startswith(_MULTIPLY)
+
+
 def _product(computation: hlo.Computation, ins: hlo.Instruction) -> tuple[int, str]:
   """(2 M N K, type of the operands) of a product, else (0, "")."""
   if ins.opcode == "dot":
@@ -65,9 +71,13 @@ def _product(computation: hlo.Computation, ins: hlo.Instruction) -> tuple[int, s
 
 def _bytes(computation: hlo.Computation, ins: hlo.Instruction) -> int:
   named = computation.named()
-  read = [s.bytes for name in ins.operands for s in named[name].shapes]
+  # What our kernels write in place they touch a part of, which only data tell.
+  in_part = ins.aliases if kernel_name(ins) else {}
+  operands = [name for i, name in enumerate(ins.operands) if i not in in_part.values()]
+  shapes = [shape for i, shape in enumerate(ins.shapes) if i not in in_part]
+  read = [s.bytes for name in operands for s in named[name].shapes]
   # cuBLAS' workspace is no traffic.
-  written = [s.bytes for s in ins.shapes if not ("__cublas$" in ins.attributes and s.dtype == "s8")]
+  written = [s.bytes for s in shapes if not ("__cublas$" in ins.attributes and s.dtype == "s8")]
   if ins.opcode in _READ_IN_PART:
     return 2 * sum(written) + sum(read[1:])
   if ins.opcode in _WRITTEN_IN_PART:

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import timing
-from pallas_kernels.rowwise_adagrad import triton
+from pallas_kernels import run_tiles, timing
 from pallas_kernels.rowwise_adagrad.api import rowwise_adagrad_update
 from pallas_kernels.rowwise_adagrad.runs import sorted_runs
 from pallas_kernels.rowwise_adagrad.shapes import SHAPES, Shape
@@ -37,8 +36,8 @@ def work(shape: Shape) -> dict[str, float]:
   # A sum over the runs; square and its sum, product, difference for each row.
   flops = (gradients - touched) * width + 4 * touched * width
   row_bytes = 2 * (width * jnp.dtype(shape.dtype).itemsize + 4)
-  tiles = [-(-entries // triton.TILE) for entries in triton.level_entries(gradients)]
-  visited = sum(tiles) * triton.TILE
+  tiles = [-(-entries // run_tiles.TILE) for entries in run_tiles.level_entries(gradients)]
+  visited = sum(tiles) * run_tiles.TILE
   return {
     "flops_needed": flops,
     "bytes_needed": gradients * (4 * width + 8) + touched * (row_bytes + 4),

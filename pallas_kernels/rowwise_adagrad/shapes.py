@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import run_tiles
 from pallas_kernels.case import Case
 from pallas_kernels.rowwise_adagrad import triton
 from pallas_kernels.rowwise_adagrad.api import rowwise_adagrad_update
@@ -65,7 +66,7 @@ def report_cases() -> Iterator[Case]:
       args=arguments(shape),
       kernels={
         triton.kernel_name(level): False
-        for level in range(len(triton.level_entries(shape.gradients)))
+        for level in range(len(run_tiles.level_entries(shape.gradients)))
       },
     )
 

@@ -9,14 +9,7 @@ import pytest
 from dense import EPS, DenseTable, summed
 from meshes import FAST
 
-from gemjax.embedding.duplicates import (
-  by_scan,
-  find_duplicates,
-  sum_duplicates,
-  sum_in_place,
-  sum_runs,
-  sum_sorted,
-)
+from gemjax.embedding.duplicates import find_duplicates, sum_duplicates
 from gemjax.embedding.held import Held
 from gemjax.embedding.rounding import to_bfloat16
 from gemjax.embedding.row_optimizers import ROW_OPTIMIZERS
@@ -121,52 +114,6 @@ def test_equal_rows_are_summed_and_the_order_of_a_batch_does_not_matter():
     for i, row in zip(real, sums):
       expected = grad_MW[row_M == i].astype(np.float64).sum(0)
       np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("sum_of_runs", [sum_in_place, sum_sorted])
-@pytest.mark.parametrize(("size", "different"), [(1, 1), (300, 1), (300, 20), (300, 300)])
-def test_both_sums_of_duplicates_add_in_the_order_of_the_batch(sum_of_runs, size, different):
-  """To the bit, and what is not finite stays in its run; the second is what GPUs start from."""
-  rng = np.random.default_rng(size + different)
-  row_M = rng.integers(0, different, size).astype(np.int32)
-  grad_MW = (10.0 ** rng.uniform(-6, 6, (size, 5))).astype(np.float32)
-  grad_MW[rng.integers(size)] = np.nan
-  expected_UW = np.zeros((different + 1, 5), np.float32)
-  rows = np.unique(row_M)
-  np.add.at(expected_UW, np.searchsorted(rows, row_M), grad_MW)
-  segments = find_duplicates(jnp.asarray(row_M), different, different + 1)
-  np.testing.assert_array_equal(jit(sum_of_runs)(segments, grad_MW), expected_UW)
-
-
-@pytest.mark.parametrize(
-  ("size", "different"), [(1, 1), (33, 5), (1_100, 1), (1_100, 7), (1_100, 900)]
-)
-def test_sums_of_runs_by_scatter_and_by_scan(size, different):
-  """The scan is what a GPU runs."""
-  rng = np.random.default_rng(size)
-  segment_N = np.unique(np.sort(rng.integers(0, different, size)), return_inverse=True)[1]
-  x_NW, count = rng.normal(size=(size, 3)).astype(np.float32), size + 5
-  expected = np.zeros((count, 3))
-  np.add.at(expected, segment_N, x_NW.astype(np.float64))
-  segment_N = jnp.asarray(segment_N, jnp.int32)
-  scatter, scan = jit(lambda x, s: (sum_runs(x, s, count), by_scan(x, s, count=count)))(
-    x_NW, segment_N
-  )
-  for total_UW in (scatter, scan):
-    np.testing.assert_allclose(total_UW, expected, rtol=1e-5, atol=1e-5)
-  weight_UW = rng.normal(size=(count, 3)).astype(np.float32)
-  grad_NW = jax.grad(lambda x: (sum_runs(x, segment_N, count) * weight_UW).sum())(x_NW)
-  np.testing.assert_array_equal(grad_NW, weight_UW[segment_N])
-
-
-def test_a_summand_that_is_not_finite_stays_in_its_segment():
-  segment_N = np.sort(np.random.default_rng(0).integers(0, 40, 200)).astype(np.int32)
-  x_NW = np.ones((200, 3), np.float32)
-  x_NW[segment_N == 17] = np.nan
-  found_UW = np.array(by_scan(jnp.asarray(x_NW), jnp.asarray(segment_N), count=40))
-  assert np.isnan(found_UW[17]).all()
-  others = np.delete(np.bincount(segment_N), 17)
-  np.testing.assert_array_equal(np.delete(found_UW[:, 0], 17), others)
 
 
 def test_bfloat16_is_rounded_without_bias():

@@ -203,7 +203,7 @@ def test_kernels_of_every_op_are_sound_on_hopper():
   assert not defects
   assert len(directions) >= len(cli.OPS)
   one_way = {op for op, seen in directions.items() if seen == {"forward"}}
-  assert one_way == {"rowwise_adagrad", "quantize_fp8"}
+  assert one_way == {"sum_runs", "rowwise_adagrad", "quantize_fp8"}
 
 
 @needs_wheels

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from laid_out import IMPLEMENTATIONS, compiled
 
+from pallas_kernels import run_tiles
 from pallas_kernels.case import LENGTHS
 from pallas_kernels.deviceless import target
 from pallas_kernels.dispatch import Refused
-from pallas_kernels.rowwise_adagrad import bench, shapes, triton
+from pallas_kernels.rowwise_adagrad import bench, shapes
 from pallas_kernels.rowwise_adagrad.api import rowwise_adagrad_update
 from pallas_kernels.rowwise_adagrad.runs import sorted_runs
 
@@ -102,12 +103,12 @@ def test_widths_of_the_kernel(width):
 
 
 def test_the_partial_sums_of_a_long_run_are_summed_in_levels():
-  assert triton.level_entries(100_000) == [100_000, 1_564, 26]
-  assert triton.level_entries(128) == [128]
+  assert run_tiles.level_entries(100_000) == [100_000, 1_564, 26]
+  assert run_tiles.level_entries(128) == [128]
   segment_E = np.repeat(np.arange(4), [100, 300, 56, 200]).astype(np.int32)
   # Tiles of 128: run 1 crosses into tiles 1, 2 and 3, and run 3 from 3 into 4 and 5.
   want = [-1, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3, -1]
-  assert triton.crossing(jnp.asarray(segment_E)).tolist() == want
+  assert run_tiles.crossing(jnp.asarray(segment_E)).tolist() == want
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
