@@ -1,13 +1,13 @@
 """How long a compiled program would take: a roofline along XLA's schedule. Never a measurement.
 
-    kernel      max(2 us, matrix FLOPs / peak of their type, bytes / memory bandwidth)
-    collective  a latency + bytes / bandwidth of its slowest link (rates.py), one at a time, beside
-                the kernels that the schedule has between its start and its done
+    kernel      2 us + max(matrix FLOPs / peak of their type, bytes / memory bandwidth) / reached
+    collective  a latency + bytes / bandwidth of its slowest link / reached (rates.py), one at a
+                time, beside the kernels that the schedule has between its start and its done
 
-At datasheet rates, which no kernel reaches: the step takes longer, and MFU is less. Loops count by
-their trips; those whose trips only data tell count nothing (further rounds of an exchange, of which
-there are none as a rule); of branches the costliest counts. XLA's own estimates serve less: there
-a scatter touches its whole table, and loops take no time.
+with the share of the datasheet's rates that an H100 reached. Loops count by their trips; those
+whose trips only data tell count nothing (further rounds of an exchange, of which there are none as
+a rule); of branches the costliest counts. XLA's own estimates serve less: there a scatter touches
+its whole table, and loops take no time.
 """
 
 from __future__ import annotations
@@ -200,14 +200,14 @@ class _Walk:
       return 0.0
     if multiplies(ins):
       done = Work(int(self.flops_a_byte * done.bytes), "bf16", True, done.bytes)
-    times = [KERNEL_SECONDS, done.bytes / self.rates.memory]
+    seconds = done.bytes / self.rates.memory
     if done.flops:
-      times.append(done.flops / self.rates.flops[done.dtype])
+      seconds = max(seconds, done.flops / self.rates.flops[done.dtype])
+    seconds = KERNEL_SECONDS + seconds / self.rates.reached
     name = module_of(ins.op_name) if ins.op_name else scope
-    operation = Operation(ins.name, name, trips * max(times), trips, done)
-    self.operations[ins.name] = operation
-    self.costs[ins.name] = max(times)
-    return max(times)
+    self.operations[ins.name] = Operation(ins.name, name, trips * seconds, trips, done)
+    self.costs[ins.name] = seconds
+    return seconds
 
   def _kernel_bytes(self, here: hlo.Reached) -> int:
     kernels = [i for i in here.computation.instructions if multiplies(i)]

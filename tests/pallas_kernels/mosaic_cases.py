@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_quickly import ON_GPU
 from jax._src import core
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.core import UntilingTransform
@@ -37,6 +38,8 @@ def interpreted():
   And it says where copies start: TMA would leave out rows of a tile of 8 that it starts amid, and
   refuse what starts amid 16 bytes, neither of which the interpreter imitates.
   """
+  if ON_GPU:
+    pytest.skip("it is of JAX's interpreter; test_jagged_attention.py runs these kernels on a GPU")
   lock, programs = threading.Lock(), {}
 
   def run(jaxpr, consts, *args):
