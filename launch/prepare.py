@@ -45,6 +45,8 @@ def main():
     + "".join(f"history {n} of {h.events:,} events, " for n, h in data.histories.items())
     + f"{sum(f.tables.values()):,} rows in {len(f.tables)} tables, labels {list(f.tasks)}"
   )
+  for task, known in data.origin.get("labelled", {}).items():
+    print(f"rows with the label {task!r}: " + ", ".join(f"{n} {c:,}" for n, c in known.items()))
 
 
 if __name__ == "__main__":

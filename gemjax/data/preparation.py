@@ -22,6 +22,7 @@ from gemjax.data.schema import SPLITS, Schema, SchemaError
 from gemjax.data.schema_file import load_schema
 from gemjax.data.values import complete, numbers
 from gemjax.data.vocabulary import mix
+from gemjax.features import UNLABELLED
 
 # Name: how to open it, and how to tell it from a path.
 _PUBLIC: dict[str, tuple[Callable[[pathlib.Path], Source], Callable[[pathlib.Path], bool]]] = {
@@ -76,19 +77,31 @@ def prepare(
       for history in encoder.features.history:
         events = encoder.events(history, rule.events("store", history.name))
         writer.add_history(history, events.ids, events.time_E, events.offsets_U1)
-      counts = dict.fromkeys(SPLITS, 0)
+      counts, optional = dict.fromkeys(SPLITS, 0), encoder.features.optional
+      labelled = {task: dict.fromkeys(SPLITS, 0) for task in optional}
       for split, chunk in rule.chunks("encode", SPLITS):
-        writer.add(split, encoder.encode(chunk))
+        columns = encoder.encode(chunk)
+        writer.add(split, columns)
         counts[split] += len(chunk.frame)
+        for task, known in labelled.items():
+          label_B = columns["label"][:, encoder.features.tasks.index(task)]
+          known[split] += int((label_B != UNLABELLED).sum())
       for split, count in counts.items():
         if not count:
           raise RawDataError(
             f"split {split!r} of {path} is empty (rows: {counts}, split by {schema.split.by}); "
             "give it rows or other fractions"
           )
+      known = labelled.get(first := encoder.features.tasks[0])
+      if known and not known["valid"]:
+        raise RawDataError(
+          f"no row of split 'valid' of {path} has the label {first!r} (rows with it: {known}), by "
+          "which training would stop; give it some, other fractions, or another first label"
+        )
       origin = {"dataset": dataset, "input": os.path.abspath(path)}
       origin["fingerprint"] = fingerprint(path)
       origin |= {"split": schema.split.by, "rows": counts}
+      origin |= {"labelled": labelled} if labelled else {}
       return writer.finish(encoder.features, vocabularies=encoder.vocabularies, origin=origin)
   except OSError as error:
     if error.strerror:  # From the system, not one of our sentences.

@@ -103,6 +103,15 @@ PARQUET = {
   "label null": ({"y": [0, None] * 10}, SCHEMA, ["row 2", "'y' is missing"]),
   "label nan": ({"y": [0.0, np.nan] * 10}, SCHEMA, ["row 2", "'y' is missing"]),
   "label never": ({"y": [None] * 20}, OPTIONAL, ["label 'y'", "every row of the train split"]),
+  "label not in valid": (
+    {"y": [0, 1] * 8 + [None] * 2 + [0, 1]},
+    OPTIONAL,
+    [
+      "no row of split 'valid'",
+      "'y'",
+      "'train': 16, 'valid': 0, 'test': 2",
+    ],
+  ),
   "optional label 3": ({"y": [None, 0, 3, 1] * 5}, OPTIONAL, ["row 3", "label 'y'", "is 3"]),
   "label 3": ({"y": [0, 3] * 10}, SCHEMA, ["row 2", "label 'y'", "is 3"]),
   "no lists": ({"s": [1, 2] * 10}, SEQUENCE, ["'s' is a sequence", "Int64"]),

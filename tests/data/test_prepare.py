@@ -91,6 +91,10 @@ def test_a_row_without_an_optional_label_is_unlabelled(tmp_path):
   expected = [[click(r), stars(r)] for r in rows]
   assert sorted(found.tolist()) == sorted(expected)
   assert [0, UNLABELLED] in expected and [UNLABELLED, 1] in expected
+  for task, is_known in (("click", lambda r: r["click"]), ("stars", lambda r: r["stars"] != "NA")):
+    told = data.origin["labelled"][task]
+    assert list(told) == list(splits)
+    assert sum(told.values()) == sum(map(bool, map(is_known, rows))) < len(rows)
 
 
 def test_mean_and_deviation_are_float64_and_of_train_only(tmp_path):
