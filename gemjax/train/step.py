@@ -180,7 +180,10 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upc
   if rows is None:
     rows = _looked_up(trainer, stacks, plans)
   if owed is not None:
-    known = known._replace(rows=_looked_up(trainer, stacks, known.plans))
+    # Found before the forward pass, while the first kernels are gathered: XLA would leave it to the
+    # end, where its small collectives wait behind large ones.
+    upcoming_plans, rows = jax.lax.optimization_barrier((known.plans, rows))
+    known = Ahead(upcoming_plans, _looked_up(trainer, stacks, upcoming_plans))
 
   def loss_of(params, rows):
     logits_BT, following = trainer.apply(params, rows, batch, key_B)
@@ -197,7 +200,8 @@ def _device_step(trainer: Trainer, step, seed, params, stacks, ahead, batch, upc
   dense_grad = reduce_gradients(dense_grad, trainer.specs.params)
   learning_rate = config.embedding.learning_rate * trainer.share(step)
   # Written out by rows: read in another order below, a sum still to be done would be done anew for
-  # every float, down the columns of units. (For XLA on CPUs see `sum_in_place`.)
+  # every float, down the columns of units. (For XLA on CPUs see
+  # `pallas_kernels/sum_runs/xla.py`.)
   rows_grad = jax.lax.optimization_barrier(rows_grad)
   if owed is None:
     stacks = _updated(trainer, stacks, plans, rows_grad, learning_rate, key)
