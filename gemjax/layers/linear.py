@@ -43,6 +43,11 @@ class Linear(nnx.Module):
     )
     return y_BO + rearrange(self.bias[...].astype(self.dtype), "o -> 1 o")
 
+  def whole(self) -> jax.Array:
+    """W, (I, O) float32."""
+    kernel = self.kernel[...]
+    return _whole((kernel,), "float32", 0, kernel.shape[0] != self.inputs)
+
 
 def contract(
   equation: str,

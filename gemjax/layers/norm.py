@@ -68,9 +68,9 @@ def _normalise(axis, dtype, eps, x, scale, bias):
 def _forward(axis, dtype, eps, x, scale, bias):
   x = written_once(x)
   wide = x.astype(jnp.float32)
-  mean = written_once(wide.mean(axis, keepdims=True), kept=True)
+  mean = written_once(_mean(axis, wide), kept=True)
   # Not mean(x^2) - mean^2, of which nothing is left where x is large and nearly constant.
-  inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis, keepdims=True) + eps)
+  inverse = jax.lax.rsqrt(_mean(axis, jnp.square(wide - mean)) + eps)
   inverse = written_once(inverse, kept=True)
   y = (wide - mean) * inverse * _along(axis, scale, x) + _along(axis, bias, x)
   return written_once(y.astype(dtype)), (x, mean, inverse, scale)
@@ -90,8 +90,7 @@ def _backward(axis, dtype, eps, kept, gradient):
   def multiplied():  # XLA for CPUs would write g out before it sums.
     return _scaled_mean(axis, gradient, scale), _scaled_mean(axis, product, scale)
 
-  last = axis % x.ndim == x.ndim - 1
-  means = reduced() if last else jax.lax.platform_dependent(cpu=multiplied, default=reduced)
+  means = jax.lax.platform_dependent(cpu=multiplied, default=reduced)
   of_mean, of_scale = map(written_once, means)
   others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
   of_x = ((g - of_mean - normal * of_scale) * inverse).astype(x.dtype)
@@ -101,9 +100,21 @@ def _backward(axis, dtype, eps, kept, gradient):
 _normalise.defvjp(_forward, _backward)
 
 
+def _mean(axis: int, x: jax.Array) -> jax.Array:
+  """Kept as an axis of size 1; XLA for CPUs sums short rows number by number, but for a product."""
+  reduced = lambda x: x.mean(axis, keepdims=True)
+  if axis % x.ndim != x.ndim - 1:
+    return reduced(x)
+  width = x.shape[-1]
+  multiplied = lambda x: x @ jnp.ones((width, 1), x.dtype) / width  # Exact of a constant.
+  return jax.lax.platform_dependent(x, cpu=multiplied, default=reduced)
+
+
 def _scaled_mean(axis: int, x: jax.Array, scale: jax.Array) -> jax.Array:
   """The mean of x * scale along `axis`, kept as an axis of size 1, as a product."""
   axis %= x.ndim
+  if axis == x.ndim - 1:
+    return x @ jnp.expand_dims(scale / x.shape[axis], 1)
   lead = tuple(range(axis))
   scale = jnp.broadcast_to(scale / x.shape[axis], x.shape[: axis + 1])
   return jnp.expand_dims(jax.lax.dot_general(scale, x, (((axis,), (axis,)), (lead, lead))), axis)

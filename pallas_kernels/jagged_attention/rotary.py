@@ -38,7 +38,7 @@ def _normed(base, x_THD, gain_D, position_T):
 
 def _normed_forward(base, x_THD, gain_D, position_T):
   x = _wide(x_THD)
-  inverse_TH1 = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + _EPS)
+  inverse_TH1 = jax.lax.rsqrt(_mean(x * x) + _EPS)
   y = _turned(x * inverse_TH1 * gain_D.astype(x.dtype), position_T, base).astype(x_THD.dtype)
   return y, (x_THD, inverse_TH1, gain_D, position_T, y)
 
@@ -49,13 +49,23 @@ def _normed_backward(base, kept, dy_THD):
   """
   x_THD, inverse_TH1, gain_D, position_T, y_THD = kept
   x, dy = _wide(x_THD), _wide(dy_THD)
-  along_TH1 = jnp.mean(dy * _wide(y_THD), axis=-1, keepdims=True)
+  along_TH1 = _mean(dy * _wide(y_THD))
   u, n = _turned(dy, position_T, base, back=True), x * inverse_TH1
   dx = (u * gain_D.astype(x.dtype) - n * along_TH1) * inverse_TH1
   return dx.astype(x_THD.dtype), jnp.sum(u * n, axis=(0, 1)).astype(gain_D.dtype), None
 
 
 _normed.defvjp(_normed_forward, _normed_backward)
+
+
+def _mean(x_THD: jax.Array) -> jax.Array:
+  """(T, H, 1); as a product on a CPU, where XLA sums short rows number by number."""
+  share_D1 = jnp.full((x_THD.shape[-1], 1), 1 / x_THD.shape[-1], x_THD.dtype)
+  return jax.lax.platform_dependent(
+    x_THD,
+    cpu=lambda x_THD: x_THD @ share_D1,
+    default=lambda x_THD: jnp.mean(x_THD, axis=-1, keepdims=True),
+  )
 
 
 def _turned(
