@@ -5,6 +5,7 @@
     --config.data.path=RAW_OR_PREPARED --config.train.seed=1
 """
 
+import pathlib
 import time
 
 import cli
@@ -37,12 +38,18 @@ def main():
     cli.import_without(
       "grain", "orbax.checkpoint"
     )  # A third of a second, needed with the first save.
+    import jax
+
     from gemjax.train.loop import train
     from gemjax.train.progress import Phases
 
     phases = Phases(peers)
     phases.add("imports", time.perf_counter() - start)
     train(config, _WORKDIR.value, phases)
+    if config.train.profile_steps and not jax.process_index():
+      from gemjax.plan import measured
+
+      print(*measured.lines(pathlib.Path(_WORKDIR.value)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,7 @@ class Interest(nnx.Module):
     first, *others = self.weigh.layers
     w_e_DH, w_c_DH, w_difference_DH, w_product_DH = jnp.split(first.whole(), 4)
     w_IH = jnp.concatenate([w_e_DH + w_difference_DH, w_product_DH])
-    own_BH = contract(
-      "bd,dh->bh", candidate_BD, w_c_DH - w_difference_DH, len(w_c_DH), self.dtype
-    )
+    own_BH = contract("bd,dh->bh", candidate_BD, w_c_DH - w_difference_DH, len(w_c_DH), self.dtype)
     own_BH += first.bias[...].astype(self.dtype)
     e_ED, c_ED = tokens.x_ED, tokens_lib.spread(candidate_BD, tokens)
     x_EI = jnp.concatenate([e_ED, e_ED * c_ED], 1)

@@ -24,7 +24,7 @@ from gemjax.plan.work import FREE, Work, multiplies, work
 # What JAX's transformations, loops and the equations of products add to an op_name.
 _WRAPPERS = re.compile(r"jit\([^()]*\)|\b(jvp|transpose|vmap|checkpoint|remat)\(|[()]")
 _PLUMBING = re.compile(
-  r".*->.*|shard_map|while|body|cond|closed_call|checkpoint|rematted_computation"
+  r".*->.*|shard_map|while|body|cond|closed_call|eval_jaxpr|checkpoint|rematted_computation"
   r"|branch_\d+_fun|custom_vjp_call.*"
 )
 

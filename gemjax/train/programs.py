@@ -18,7 +18,7 @@ from gemjax.train.compiled import Compiled
 from gemjax.train.cost import jagged_flops
 from gemjax.train.executables import Executables
 from gemjax.train.flops import matmul_flops
-from gemjax.train.profile import Profile
+from gemjax.train.profile import Profile, Ran
 from gemjax.train.state import Trainer, TrainState, init_state
 from gemjax.train.step import (
   Ahead,
@@ -157,7 +157,7 @@ class Programs:
       return self._step(state, ahead, batch, upcoming)
     self._profile.before(state)
     result = self._step(state, ahead, batch, upcoming)
-    self._profile.after(result)
+    self._profile.after(result, lambda: self._ran(ahead, batch, upcoming))
     return result
 
   def settle(self, state: TrainState, ahead: Ahead) -> TrainState:
@@ -181,10 +181,23 @@ class Programs:
     """Of the matrix products of one training step with the events of `batch`."""
     ahead = jax.eval_shape(functools.partial(plan_step, self._trainer), batch)
     step = functools.partial(train_step, self._trainer)
+    return matmul_flops(step, state, ahead, batch, batch) + self._jagged_flops(batch)
+
+  def _jagged_flops(self, batch: Batch) -> float:
     lengths = {name: to_host(events.lengths_B) for name, events in batch.histories.items()}
-    share = jax.process_count()  # Every process sees its rows.
-    jagged = jagged_flops(self._trainer.config, lengths) * share
-    return matmul_flops(step, state, ahead, batch, batch) + jagged
+    # Every process sees its rows.
+    return jagged_flops(self._trainer.config, lengths) * jax.process_count()
+
+  def _ran(self, ahead: Ahead, batch: Batch, upcoming: Batch) -> Ran:
+    program = self._step.prepare((ahead, batch, upcoming), tuple)
+    mesh = self._trainer.mesh
+    return Ran(
+      text=program.call.as_text(),
+      device=mesh.devices.flat[0].device_kind,
+      mesh=dict(mesh.shape),
+      gpus_per_host=jax.local_device_count(),
+      kernel_flops=self._jagged_flops(batch) / mesh.size,
+    )
 
   def _predicting(self, batch: Batch) -> Compiled:
     if self._predict is None:

@@ -207,6 +207,7 @@ def test_seconds_of_links(kind, groups, size, seconds):
   "op_name, module",
   [
     ("jit(f)/shard_map/jvp(net)/while/body/closed_call/mlp/bi,io->bo/dot_general", "net/mlp"),
+    ("jit(f)/jvp()/eval_jaxpr/net/mlp/add", "net/mlp"),
     ("jit(f)/transpose(jvp(net))/mlp/transpose(bi,io->bo)/dot_general", "net/mlp (backward)"),
     ("jit(step)/shard_map/(update/all_gather:plan/all_gather)", "update"),
     ("", "step"),
