@@ -11,7 +11,7 @@ from flax import nnx
 
 from gemjax.layers import tokens as tokens_lib
 from gemjax.layers.linear import contract
-from gemjax.layers.mlp import Mlp, relu
+from gemjax.layers.mlp import Mlp
 from gemjax.layers.tokens import Tokens
 
 
@@ -31,7 +31,7 @@ class Interest(nnx.Module):
   @jax.named_scope("interest")
   def __call__(self, tokens: Tokens, candidate_BD: jax.Array) -> jax.Array:
     """The first map of four parts takes two: e (W_e + W_-) + (e * c) W_* + c (W_c - W_-)."""
-    first, *others = self.weigh.layers
+    first = self.weigh.layers[0]
     w_e_DH, w_c_DH, w_difference_DH, w_product_DH = jnp.split(first.whole(), 4)
     w_IH = jnp.concatenate([w_e_DH + w_difference_DH, w_product_DH])
     own_BH = contract("bd,dh->bh", candidate_BD, w_c_DH - w_difference_DH, len(w_c_DH), self.dtype)
@@ -40,6 +40,4 @@ class Interest(nnx.Module):
     x_EI = jnp.concatenate([e_ED, e_ED * c_ED], 1)
     h_EH = contract("ei,ih->eh", x_EI, w_IH, len(w_IH), self.dtype)
     h_EH += tokens_lib.spread(own_BH, tokens)
-    for layer in others:
-      h_EH = layer(relu(h_EH))
-    return self.pool(tokens._replace(x_ED=h_EH * e_ED))
+    return self.pool(tokens._replace(x_ED=self.weigh.behind(h_EH) * e_ED))

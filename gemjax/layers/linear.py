@@ -44,9 +44,9 @@ class Linear(nnx.Module):
     return y_BO + rearrange(self.bias[...].astype(self.dtype), "o -> 1 o")
 
   def whole(self) -> jax.Array:
-    """W, (I, O) float32."""
+    """W, (I, O) in `dtype`; of a small kernel: what follows from it is kept for its gradient."""
     kernel = self.kernel[...]
-    return _whole((kernel,), "float32", 0, kernel.shape[0] != self.inputs)
+    return _whole((kernel,), self.dtype, 0, kernel.shape[0] != self.inputs)
 
 
 def contract(

@@ -68,19 +68,26 @@ class Mlp(nnx.Module):
   @jax.named_scope("mlp")
   def __call__(self, x_BI: jax.Array, key_B: Key = None, outer: int = 0) -> jax.Array:
     """With `outer` inputs lie (k outer) on a CPU where the rows of the first W lie (outer k)."""
-    first, *others = self.layers
-    if not others:
-      return first(x_BI, outer)
-    return others[-1](self.hidden(x_BI, key_B, outer))
+    return self._behind(self.layers[0](x_BI, outer), key_B)
 
-  def hidden(self, x_BI: jax.Array, key_B: Key = None, outer: int = 0) -> jax.Array:
+  def hidden(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
     """What the last layer reads: x itself where no layer is hidden."""
-    h = x_BI
+    return self._activated(self.layers[0](x_BI), key_B) if len(self.layers) > 1 else x_BI
+
+  @jax.named_scope("mlp")
+  def behind(self, h_BH: jax.Array, key_B: Key = None) -> jax.Array:
+    """(B, O), from what the first layer gives."""
+    return self._behind(h_BH, key_B)
+
+  def _behind(self, h_BH: jax.Array, key_B: Key) -> jax.Array:
+    return self.layers[-1](self._activated(h_BH, key_B)) if len(self.layers) > 1 else h_BH
+
+  def _activated(self, h: jax.Array, key_B: Key) -> jax.Array:
     # The next map keeps what it reads for its own gradient: the ReLU's output, or else a mask is
     # less to keep than that.
     activate = jax.nn.relu if self.dropout or self.float8 else relu
     for i, layer in enumerate(self.layers[:-1]):
-      h = layer(h, 0 if i else outer)
+      h = layer(h) if i else h
       h = self.norms[i](h) if self.norms else h
       h = dropout(activate(h), self.dropout, fold(key_B, i))
     return h

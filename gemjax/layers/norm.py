@@ -106,7 +106,8 @@ def _mean(axis: int, x: jax.Array) -> jax.Array:
   if axis % x.ndim != x.ndim - 1:
     return reduced(x)
   width = x.shape[-1]
-  multiplied = lambda x: x @ jnp.ones((width, 1), x.dtype) / width  # Exact of a constant.
+  # Divided behind the product, as a mean is: exact of a constant of few bits.
+  multiplied = lambda x: x @ jnp.ones((width, 1), x.dtype) / width
   return jax.lax.platform_dependent(x, cpu=multiplied, default=reduced)
 
 

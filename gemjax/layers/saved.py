@@ -101,6 +101,9 @@ def _loop(keeping, layer, carry, stack, shared, part: range, recompute: bool, un
   if len(part) < count:
     stack = jax.tree.map(lambda w: w[part.start : part.stop], stack)
 
+  if keeping.unroll >= len(part) > 1:
+    return _side_by_side(step, carry, stack, shared, part)
+
   def turn(carry, at):
     weights, index = at
     if len(part) == 1:
@@ -110,6 +113,20 @@ def _loop(keeping, layer, carry, stack, shared, part: range, recompute: bool, un
     return step(weights, carry, index, *shared), None
 
   return jax.lax.scan(turn, carry, (stack, jnp.arange(part.start, part.stop)), unroll=unroll)[0]
+
+
+def _side_by_side(step: Callable, carry: Any, stack: Any, shared: tuple, part: range) -> Any:
+  """The carry behind layers that are no loop. The gradients of a layer's weights are awaited where
+  the backward pass is through the layer in front of it.
+  """
+  leaves, tree = jax.tree.flatten(stack)
+  split = lambda w: [x[0] for x in jnp.split(w, len(part))]
+  weights = [tree.unflatten(of_layer) for of_layer in zip(*map(split, leaves))]
+  for i, index in enumerate(part):
+    if i + 1 < len(part):
+      weights[i + 1], carry = _together(weights[i + 1], carry)
+    carry = step(_summed(weights[i]), carry, jnp.int32(index), *shared)
+  return carry
 
 
 @jax.custom_vjp

@@ -14,7 +14,7 @@ FREE = hlo.NAMES | {"call", "conditional", "while"}
 _READ_IN_PART = {"gather", "dynamic-slice", "slice"}
 _WRITTEN_IN_PART = {"scatter", "dynamic-update-slice"}
 SORT_PASSES = 8  # A radix sort of 32 to 64 bits reads and writes its keys about so often.
-_PALLAS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")
+_PALLAS = {"__gpu$xla.gpu.triton": "pallas", "mosaic_gpu_v2": "jagged_attention"}  # Unnamed ones.
 _MULTIPLY = ("jagged_attention", "jagged_matmul", "fm_interaction")  # Ops whose kernels do.
 
 
@@ -42,11 +42,14 @@ def work(module: hlo.Module, computation: hlo.Computation, ins: hlo.Instruction)
 
 
 def kernel_name(ins: hlo.Instruction) -> str | None:
-  """The name that `pallas_call` was given, or None for all other instructions."""
-  if ins.opcode != "custom-call" or not any(f'"{t}"' in ins.attributes for t in _PALLAS):
+  """The name that `pallas_call` was given, or None for all other instructions. A Mosaic kernel's
+  program does not tell it, and there are those of attention alone.
+  """
+  unnamed = next((name for t, name in _PALLAS.items() if f'"{t}"' in ins.attributes), None)
+  if ins.opcode != "custom-call" or not unnamed:
     return None
   found = re.search(r'name = \\?"(\w+)', ins.attributes)
-  return found[1] if found else "pallas"
+  return found[1] if found else unnamed
 
 
 def multiplies(ins: hlo.Instruction) -> bool:

@@ -76,8 +76,9 @@ def train_step(
 
   With `embedding.lookup` "ahead" the tables get the gradients of the step before, then the rows of
   the upcoming batch are read: a row is one update old, as it would be if it were read in front of
-  this step's own update, and neither exchange waits for anything in this step, nor anything in it
-  for them. The new state lacks this step's update until the next one or `settle_step`.
+  this step's own update, and neither exchange of rows or gradients waits for anything in this step,
+  nor anything in it for them; the forward pass begins when that batch's plan is made. The new state
+  lacks this step's update until the next one or `settle_step`.
   """
   specs = trainer.specs
   result = _Result(

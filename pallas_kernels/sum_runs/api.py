@@ -27,7 +27,7 @@ def sum_runs(
 ) -> jax.Array:
   """The sum of every run, in float32 (float64 for float64).
 
-      y[u] = sum of x[order[i]] over segment[i] = u,   0 for a run that does not occur
+      y[u] = sum of x[order[i]] over segment[i] = u,   0 behind the last run
 
   In a fixed order, without atomics: the same bits in every run (but not by "xla" on a GPU, which
   adds atomically). The kernel reads every summand and writes every sum once; its temporaries follow
@@ -38,8 +38,8 @@ def sum_runs(
   Args:
     x_NW: floating.
     order_N: int32, where the i-th smallest id stands in x, as of `sorted_runs`.
-    segment_N: int32, the run it belongs to, ascending from 0 without gaps. What is `count` or more
-      has no sum and is not read.
+    segment_N: int32, the run it belongs to, ascending from 0 without gaps: the kernel writes no sum
+      for a number that is left out. What is `count` or more has no sum and is not read.
     count: U.
     implementation: See `pallas_kernels.dispatch`.
 

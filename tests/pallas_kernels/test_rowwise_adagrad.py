@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from laid_out import IMPLEMENTATIONS, compiled
 
-from pallas_kernels import run_tiles
 from pallas_kernels.case import LENGTHS
 from pallas_kernels.deviceless import target
 from pallas_kernels.dispatch import Refused
@@ -100,15 +99,6 @@ def test_widths_of_the_kernel(width):
   """Tiles of other blocks; a run of every length from 1 on, so at every place of a tile."""
   arrays = batch(np.concatenate([np.arange(1, 20), [128, 256, 129, 400]]), width)
   check(arrays, step(*arrays, implementation="triton"), oracle(*arrays))
-
-
-def test_the_partial_sums_of_a_long_run_are_summed_in_levels():
-  assert run_tiles.level_entries(100_000) == [100_000, 1_564, 26]
-  assert run_tiles.level_entries(128) == [128]
-  segment_E = np.repeat(np.arange(4), [100, 300, 56, 200]).astype(np.int32)
-  # Tiles of 128: run 1 crosses into tiles 1, 2 and 3, and run 3 from 3 into 4 and 5.
-  want = [-1, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3, -1]
-  assert run_tiles.crossing(jnp.asarray(segment_E)).tolist() == want
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -9,7 +9,7 @@ import pytest
 from compiled_quickly import ON_GPU
 from laid_out import IMPLEMENTATIONS, compiled
 
-from pallas_kernels import sorted_runs, sum_runs
+from pallas_kernels import run_tiles, sorted_runs, sum_runs
 from pallas_kernels.case import LENGTHS
 from pallas_kernels.deviceless import target
 from pallas_kernels.dispatch import Refused
@@ -69,6 +69,15 @@ def test_columns_of_a_program_waste_few():
   ]  # fmt: skip
 
 
+def test_the_partial_sums_of_a_long_run_are_summed_in_levels():
+  assert run_tiles.level_entries(100_000) == [100_000, 1_564, 26]
+  assert run_tiles.level_entries(128) == [128]
+  segment_E = np.repeat(np.arange(4), [100, 300, 56, 200]).astype(np.int32)
+  # Tiles of 128: run 1 crosses into tiles 1, 2 and 3, and run 3 from 3 into 4 and 5.
+  want = [-1, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3, -1]
+  assert run_tiles.crossing(jnp.asarray(segment_E)).tolist() == want
+
+
 @EVERY
 def test_fewer_sums_than_runs_and_many_more(implementation):
   x_NW, id_N = batch(LENGTHS["zipf"])
@@ -123,7 +132,10 @@ def test_the_kernel_is_as_exact_as_float32():
 def test_double_precision():
   x_NW, id_N = batch(LENGTHS["around_block"])
   order_N, segment_N, _ = sorted_runs(id_N, len(id_N))
+  want_UW, _ = oracle(x_NW, id_N, 50)
   with jax.enable_x64(True):
+    got = sum_runs(x_NW, order_N, segment_N, count=50, implementation="triton")
+    np.testing.assert_array_equal(got, want_UW)  # float32 where 64 bits are switched on.
     x_NW = jnp.asarray(x_NW, jnp.float64) / 3
     for implementation in ("reference", "xla"):
       got = sum_runs(x_NW, order_N, segment_N, count=50, implementation=implementation)

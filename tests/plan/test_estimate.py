@@ -101,6 +101,10 @@ def test_flops_of_kernels_are_of_those_that_multiply_and_in_place_is_no_traffic(
     {"block": LAUNCH + 7e11 / 0.5e15, "pool": LAUNCH + 2 * one_pass, "add": LAUNCH + one_pass}
   )
   assert done.flops("bf16") == 7e11
+  mosaic = KERNELS.replace("__gpu$xla.gpu.triton", "mosaic_gpu_v2", 1)
+  mosaic = mosaic.replace('name = "jagged_attention_forward"', "")
+  again = estimate(mosaic, [], GPU, gpus_per_host=1, kernel_flops=7e11)
+  assert again.seconds == done.seconds and again.flops("bf16") == 7e11
 
 
 def test_a_profile_tells_the_cost_of_one_execution_of_every_instruction():
