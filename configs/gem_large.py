@@ -26,6 +26,7 @@ def get_config(variant: str = "full") -> c.Config:
     data=dataclasses.replace(base.data, batch_size=16_384, eval_batch_size=16_384),
     embedding=dataclasses.replace(base.embedding, dim=256),
     model=model,
+    compilation=c.Compilation(unroll=6, early_sums=True),
   )
   return c.sized(config, variant)
 

@@ -130,6 +130,11 @@ class Compilation:
   # Layers of equal shape that lie side by side in the program, the others being further turns of a
   # loop; 0: few, so that it does not grow with depth. Without a loop XLA hides more communication.
   unroll: int = 0
+  # Of layers that all lie side by side: whether the backward pass of a layer waits until the
+  # gradients of the weights two layers on are summed over the devices, which XLA may leave to the
+  # end otherwise. It hides more where links have time to spare (gem_large), less where they have
+  # none (wukong_paper).
+  early_sums: bool = False
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -251,6 +256,8 @@ class Config:
     _need(every > 0 if local else every == 0, "checkpoint.local_every", every, law)
     unroll, law = self.compilation.unroll, "at least 0, and 0 for models other than Wukong and Gem"
     _need(unroll >= 0 and (most or not unroll), "compilation.unroll", unroll, law)
+    early = self.compilation.early_sums
+    _need(unroll > 1 or not early, "compilation.early_sums", early, "False where unroll is below 2")
     law = "workdir, off or a folder"
     _need(self.compilation.cache, "compilation.cache", self.compilation.cache, law)
 
@@ -275,6 +282,7 @@ FREE_ON_RESUME = (
   "checkpoint.local_every",
   "compilation.cache",
   "compilation.unroll",
+  "compilation.early_sums",
 )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Keeping(NamedTuple):
   float8: bool = False
   recomputed: int = 0  # Layers, from the first on, whose inputs alone are kept.
   unroll: int = 0  # Layers in one turn of a loop over layers; 0: as the model has it.
+  early_sums: bool = False  # Where one turn has all, whether weights' gradients are awaited in it.
 
 
 ALL = Keeping()  # As it is computed.
@@ -101,7 +102,7 @@ def _loop(keeping, layer, carry, stack, shared, part: range, recompute: bool, un
   if len(part) < count:
     stack = jax.tree.map(lambda w: w[part.start : part.stop], stack)
 
-  if keeping.unroll >= len(part) > 1:
+  if keeping.early_sums and unroll >= len(part) > 1:
     return _side_by_side(step, carry, stack, shared, part)
 
   def turn(carry, at):

@@ -103,10 +103,9 @@ class Ranker(nnx.Module):
     if kind is Gem:
       own["domains"] = domains
     if kind in (Wukong, Gem):
-      memory = config.memory
-      own["keeping"] = Keeping(
-        memory.activations == "float8", memory.recomputed_layers, config.compilation.unroll
-      )
+      memory, lie = config.memory, config.compilation
+      float8 = memory.activations == "float8"
+      own["keeping"] = Keeping(float8, memory.recomputed_layers, lie.unroll, lie.early_sums)
       own["float8_mlp"] = config.train.float8_mlp
     self.inputs = UnitInput(
       dim=emb.dim,

@@ -121,7 +121,7 @@ def origin_of(
   device = mesh.devices.flat[0]
   tree = config.to_json()
   for path in FREE_ON_RESUME:
-    if path.startswith(("memory.", "compilation.unroll")):
+    if path.startswith(("memory.", "compilation.unroll", "compilation.early_sums")):
       continue  # Free to change, but another program.
     section, _, name = path.rpartition(".")
     (tree[section] if section else tree).pop(name)

@@ -103,14 +103,14 @@ def test_any_split_of_a_stack_computes_the_same(recomputed, unroll):
       x = layer(stack[index], x, index, keys)
     return x
 
-  scanned = lambda asked, unroll: (
-    lambda stack, x, keys: scan(
-      Keeping(recomputed=recomputed, unroll=asked), layer, x, stack, keys, first=1, unroll=unroll
-    )
-  )
+  def scanned(asked, unroll, early_sums=False):
+    keeping = Keeping(recomputed=recomputed, unroll=asked, early_sums=early_sums)
+    return lambda stack, x, keys: scan(keeping, layer, x, stack, keys, first=1, unroll=unroll)
+
   exact = gradients(by_hand, stack, x, keys)
   assert distance(gradients(scanned(0, unroll), stack, x, keys), exact) < 1e-5
   assert distance(gradients(scanned(7, unroll), stack, x, keys), exact) < 1e-5
+  assert distance(gradients(scanned(7, unroll, early_sums=True), stack, x, keys), exact) < 1e-5
 
 
 def test_an_unrolled_stack_has_no_loop():
@@ -119,6 +119,21 @@ def test_an_unrolled_stack_has_no_loop():
   of = lambda unroll: jax.jit(lambda stack, x: scan(Keeping(unroll=unroll), layer, x, stack))
   loops = [of(unroll).lower(stack, x).as_text().count("stablehlo.while") for unroll in (0, 2, 4)]
   assert loops == [1, 1, 0]
+
+
+def test_early_sums_are_awaited_one_layer_on():
+  """Of four layers' weights those of three, each with the carry in front of the layer before."""
+  stack, x = jnp.ones((4, 32, 32)), jnp.ones((8, 32))
+  layer = lambda w, x, index: jnp.tanh(x @ w) + index
+
+  def pairs(early):
+    keeping = Keeping(unroll=4, early_sums=early)
+    program = jax.make_jaxpr(jax.grad(lambda w: scan(keeping, layer, x, w).sum()))(stack)
+    barriers = [e for e in program.jaxpr.eqns if e.primitive.name == "optimization_barrier"]
+    shapes = [[v.aval.shape for v in e.invars] for e in barriers]
+    return shapes.count([(32, 32), (8, 32)])
+
+  assert (pairs(True), pairs(False)) == (3, 0)
 
 
 def test_a_layer_that_is_not_numbered_is_never_recomputed():

@@ -145,6 +145,7 @@ def test_recomputed_layers_train_as_before_and_8_bits_nearly():
       {"model": c.Mlp(), "compilation": c.Compilation(unroll=2)},
       "compilation.unroll is 2, .* other than Wukong and Gem",
     ),
+    ({"compilation": c.Compilation(early_sums=True)}, "compilation.early_sums is True, .* below 2"),
     ({"memory": c.Memory(activation_budget=-1.0)}, "memory.activation_budget is -1.0"),
     ({"model": c.Mlp(), "train": c.Train(float8_mlp=True)}, "train.float8_mlp is True"),
   ],
@@ -155,8 +156,9 @@ def test_laws(change, words):
 
 
 def test_layers_lie_side_by_side_where_the_config_says_so():
-  for unroll in (0, 3):
-    asked = dataclasses.replace(config(), compilation=c.Compilation(unroll=unroll))
+  for unroll, early in ((0, False), (3, True)):
+    lie = c.Compilation(unroll=unroll, early_sums=early)
+    asked = dataclasses.replace(config(), compilation=lie)
     trainer = make_trainer(asked, FEATURES, 10)
     ranker = nnx.merge(trainer.graph, trainer.abstract().params)
-    assert ranker.model.keeping.unroll == unroll
+    assert (ranker.model.keeping.unroll, ranker.model.keeping.early_sums) == (unroll, early)

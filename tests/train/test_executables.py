@@ -28,10 +28,11 @@ def test_what_xla_writes_is_no_part_of_the_name(tmp_path, monkeypatch):
 
 
 def test_what_is_free_to_change_but_shapes_a_program_is_part_of_the_origin():
-  changed = [Config(name="x") for _ in range(4)]
+  changed = [Config(name="x") for _ in range(5)]
   changed[1].memory.recomputed_layers = 1
   changed[2].memory.activation_budget = 0.5
   changed[3].compilation.unroll = 2
+  changed[4].compilation.early_sums = True
   first, *others = (origin(config) for config in changed)
   assert all(other != first for other in others)
   moved = Config(name="y")
