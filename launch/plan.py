@@ -1,5 +1,5 @@
 """Compiles the training step of a config for a GPU cluster that is not here, and says what a device
-holds, computes and sends, and how long that would take at best. Needs the CUDA wheels
+holds, computes and sends, and how long that would take. Needs the CUDA wheels
 (`pip install -e ".[cuda12]"`) and no GPU.
 
 python launch/plan.py --config=configs/wukong_paper.py --topology=h100:16x8 --mesh=1x128

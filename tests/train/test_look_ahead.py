@@ -52,6 +52,37 @@ def test_gradients_are_those_of_tables_one_update_ago():
     np.testing.assert_allclose(stack.rows_RW, tables[name], rtol=1e-4, atol=1e-6)
 
 
+def test_the_upcoming_plan_is_made_before_the_forward_pass():
+  """A barrier joins it to the rows that the model reads, where they are looked up ahead alone."""
+
+  def joined(lookup):
+    t = test_step.trainer("sgd", lookup=lookup)
+    batch, state = test_step.batch(0), t.abstract()
+    ahead = jax.eval_shape(functools.partial(plan_step, t), batch)
+    rows = None
+    if lookup == "ahead":
+      ahead = jax.eval_shape(functools.partial(look_up_step, t), state, ahead)
+      rows = sorted(x.shape for x in jax.tree.leaves(ahead.rows))
+    plans = sorted(x.shape for x in jax.tree.leaves(ahead.plans))
+    program = jax.make_jaxpr(functools.partial(train_step, t))(state, ahead, batch, batch)
+    found = []
+    for eqn in _equations(program.jaxpr):
+      if eqn.primitive.name == "optimization_barrier":
+        shapes = {kind: sorted(v.aval.shape for v in eqn.invars if v.aval.dtype.kind == kind)
+                  for kind in "if"}  # fmt: skip
+        found.append((shapes["i"], shapes["f"]))
+    return found.count((plans, rows))
+
+  assert (joined("ahead"), joined("exact")) == (1, 0)
+
+
+def _equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax.core.jaxprs_in_params(eqn.params):
+      yield from _equations(inner)
+
+
 def test_tables_are_updated_in_place():
   sizes = []
   for rows in (100_000, 200_000):
