@@ -68,7 +68,7 @@ class Mlp(nnx.Module):
   @jax.named_scope("mlp")
   def __call__(self, x_BI: jax.Array, key_B: Key = None, outer: int = 0) -> jax.Array:
     """With `outer` inputs lie (k outer) on a CPU where the rows of the first W lie (outer k)."""
-    return self._behind(self.layers[0](x_BI, outer), key_B)
+    return self.behind(self.layers[0](x_BI, outer), key_B)
 
   def hidden(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
     """What the last layer reads: x itself where no layer is hidden."""
@@ -77,9 +77,6 @@ class Mlp(nnx.Module):
   @jax.named_scope("mlp")
   def behind(self, h_BH: jax.Array, key_B: Key = None) -> jax.Array:
     """(B, O), from what the first layer gives."""
-    return self._behind(h_BH, key_B)
-
-  def _behind(self, h_BH: jax.Array, key_B: Key) -> jax.Array:
     return self.layers[-1](self._activated(h_BH, key_B)) if len(self.layers) > 1 else h_BH
 
   def _activated(self, h: jax.Array, key_B: Key) -> jax.Array:

@@ -21,7 +21,7 @@ def lines(folder: pathlib.Path) -> Iterator[str]:
   Instructions are of the step alone: what else ran while it was traced, and what the trace names no
   instruction for (kernels inside CUDA graphs), has a line without an estimate.
   """
-  if not (folder / REPORT).is_file():
+  if not all((folder / name).is_file() for name in (REPORT, PROGRAM)):
     yield "the run ended before train.profile_steps were traced: nothing was measured"
     return
   found = json.loads((folder / REPORT).read_text())

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from compiled_quickly import ON_GPU
 
 from pallas_kernels.case import LENGTHS, offsets
@@ -72,3 +73,13 @@ def check_close(got, want, size, dtype):
   np.testing.assert_array_less(
     np.abs(got - want), rounding * np.abs(want) * 1.05 + 1e-6 * size + 1e-30
   )
+
+
+def check_bench(rows, shapes):
+  """Rows of a bench whose kernel visits few tiles too many, one for each shape."""
+  found = list(rows)
+  assert [row["shape"] for row in found] == list(shapes)
+  for row in found:
+    assert row["useful_tile_share"] > 0.9
+    assert row["flops_visited"] >= row["flops_needed"] > 0
+    assert row["xla_over_padded_speed"] == pytest.approx(row["padded_ms"] / row["xla_ms"])

@@ -65,3 +65,5 @@ def test_without_a_gpu_or_a_report_one_line_says_so(folder):
   report = {name: REPORT[name] for name in ("step_seconds", "mesh")} | {"device": "cpu"}
   (folder / "profile.json").write_text(json.dumps(report))
   assert list(measured.lines(folder)) == ["no GPU was traced (cpu): steps took 3.0 ms"]
+  (folder / "profile" / "step.hlo").unlink()  # As a run of before such programs were kept left it.
+  assert list(measured.lines(folder)) == [line]
