@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 
 
-class Terminated(Exception):
-  """SIGTERM came, and nothing is half done."""
+class Terminated(BaseException):
+  """SIGTERM came, and nothing is half done; as KeyboardInterrupt, it is no error that code may
+  survive by `except Exception`, which libraries write around what they can go on without.
+  """
 
 
 class Termination:
