@@ -35,13 +35,16 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((outputs,)), axes=("fan_out",))
     self.inputs, self.dtype, self.float8 = inputs, dtype, float8
 
-  def __call__(self, x_BI: jax.Array, outer: int = 0) -> jax.Array:
-    """With `outer` the inputs lie (k outer) on a CPU where W's rows lie (outer k)."""
-    kernel = self.kernel[...]
+  def __call__(self, x_BI: jax.Array, outer: int = 0, columns: int = 0) -> jax.Array:
+    """On a CPU the inputs lie (k outer) where W's rows lie (outer k), and the outputs (k columns)
+    where W's columns lie (columns k), unless 0.
+    """
+    kernel = on_cpu_inner_first(self.kernel[...], columns, axis=1)
+    bias = on_cpu_inner_first(self.bias[...], columns)
     y_BO = contract(
       "bi,io->bo", x_BI, kernel, self.inputs, self.dtype, float8=self.float8, outer=outer
     )
-    return y_BO + rearrange(self.bias[...].astype(self.dtype), "o -> 1 o")
+    return y_BO + rearrange(bias.astype(self.dtype), "o -> 1 o")
 
   def whole(self) -> jax.Array:
     """W, (I, O) in `dtype`; of a small kernel: what follows from it is kept for its gradient."""
@@ -83,11 +86,12 @@ def side_by_side(kernels: tuple[jax.Array, ...], dtype: str) -> jax.Array:
   return jnp.concatenate([kernel.astype(dtype) for kernel in kernels], 1)
 
 
-def on_cpu_inner_first(w: jax.Array, outer: int) -> jax.Array:
-  """w, on a CPU with its first axis, (outer k), in the order (k outer); w where `outer` is 0."""
+def on_cpu_inner_first(w: jax.Array, outer: int, axis: int = 0) -> jax.Array:
+  """w, on a CPU with its axis, (outer k), in the order (k outer); w where `outer` is 0."""
   if not outer:
     return w
-  turned = lambda w: rearrange(w, "(o k) ... -> (k o) ...", o=outer)
+  lead = " ".join("abc"[:axis])
+  turned = lambda w: rearrange(w, f"{lead} (o k) ... -> {lead} (k o) ...", o=outer)
   return jax.lax.platform_dependent(w, cpu=turned, default=lambda w: w)
 
 

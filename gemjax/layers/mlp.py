@@ -66,13 +66,17 @@ class Mlp(nnx.Module):
     self.norms = nnx.List([norm(width) for width in hidden] if norm else [])
 
   @jax.named_scope("mlp")
-  def __call__(self, x_BI: jax.Array, key_B: Key = None, outer: int = 0) -> jax.Array:
-    """With `outer` inputs lie (k outer) on a CPU where the rows of the first W lie (outer k)."""
-    return self.behind(self.layers[0](x_BI, outer), key_B)
+  def __call__(
+    self, x_BI: jax.Array, key_B: Key = None, outer: int = 0, columns: int = 0
+  ) -> jax.Array:
+    """`outer` is of the inputs, `columns` of the outputs, as a `Linear` has them."""
+    if len(self.layers) == 1:
+      return self.layers[0](x_BI, outer, columns)
+    return self.layers[-1](self.hidden(x_BI, key_B, outer), columns=columns)
 
-  def hidden(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
+  def hidden(self, x_BI: jax.Array, key_B: Key = None, outer: int = 0) -> jax.Array:
     """What the last layer reads: x itself where no layer is hidden."""
-    return self._activated(self.layers[0](x_BI), key_B) if len(self.layers) > 1 else x_BI
+    return self._activated(self.layers[0](x_BI, outer), key_B) if len(self.layers) > 1 else x_BI
 
   @jax.named_scope("mlp")
   def behind(self, h_BH: jax.Array, key_B: Key = None) -> jax.Array:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from gemjax.layers.linear import on_cpu_inner_first
 
@@ -91,9 +93,14 @@ def _backward(axis, dtype, eps, kept, gradient):
     return _scaled_mean(axis, gradient, scale), _scaled_mean(axis, product, scale)
 
   means = jax.lax.platform_dependent(cpu=multiplied, default=reduced)
-  of_mean, of_scale = map(written_once, means)
   others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
-  of_x = ((g - of_mean - normal * of_scale) * inverse).astype(x.dtype)
+
+  def told(x, mean, inverse, scale, gradient, of_mean, of_scale):
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    g = gradient * _along(axis, scale, x)
+    return ((g - of_mean - normal * of_scale) * inverse).astype(x.dtype)
+
+  of_x = computed_once(told)(*kept, gradient, *map(written_once, means))
   return of_x, product.sum(others), gradient.sum(others)
 
 
@@ -131,6 +138,18 @@ def written_once(x: jax.Array, *, kept: bool = False) -> jax.Array:
   )
   other = jax.lax.optimization_barrier if kept else lambda x: x
   return jax.lax.platform_dependent(x, cpu=held, default=other)
+
+
+def computed_once(f: Callable) -> Callable:
+  """f of arrays, which XLA for CPUs shall compute as it stands and once: not joined to what makes its
+  arguments, nor joined to, and so computed anew for, each of those that read its result.
+  """
+
+  def called(*args):
+    with set_xla_metadata(inlineable="false"):
+      return jax.jit(f)(*args)
+
+  return lambda *args: jax.lax.platform_dependent(*args, cpu=called, default=f)
 
 
 def _along(axis: int, vector: jax.Array, x: jax.Array) -> jax.Array:

@@ -17,7 +17,9 @@ from gemjax.layers.mlp import Mlp
 
 
 class Heads(nnx.Module):
-  """x_BI -> logits_BT float32, task t by an MLP of its own."""
+  """x_BI -> logits_BT float32, task t by an MLP of its own, whose inputs lie as `outer` says
+  (gemjax/layers/linear.py).
+  """
 
   def __init__(
     self,
@@ -28,6 +30,7 @@ class Heads(nnx.Module):
     dtype: str,
     rngs: nnx.Rngs,
     norm: Callable[[int], nnx.Module] | None = None,
+    outer: int = 0,
   ):
     # Logits of eight bits would tie examples that a ranker must tell apart.
     make = lambda: Mlp(
@@ -40,7 +43,7 @@ class Heads(nnx.Module):
       last_dtype="float32",
       norm=norm,
     )
-    self.heads = nnx.List([make() for _ in range(tasks)])
+    self.heads, self.outer = nnx.List([make() for _ in range(tasks)]), outer
 
   @jax.named_scope("heads")
   def __call__(self, x_BI: jax.Array, key_B: Key = None) -> jax.Array:
@@ -48,11 +51,14 @@ class Heads(nnx.Module):
 
   def hidden(self, x_BI: jax.Array, key_B: Key = None) -> list[jax.Array]:
     """(B, H) of each task: what its last layer reads."""
-    return [head.hidden(x_BI, fold(key_B, t)) for t, head in enumerate(self.heads)]
+    key = lambda t: fold(key_B, t)
+    return [head.hidden(x_BI, key(t), self.outer) for t, head in enumerate(self.heads)]
 
   def logits(self, hidden: list[jax.Array]) -> jax.Array:
     """logits_BT of `hidden`."""
-    return jnp.concatenate([head.layers[-1](h_BH) for head, h_BH in zip(self.heads, hidden)], 1)
+    lie = lambda head: self.outer if len(head.layers) == 1 else 0
+    last = [head.layers[-1](h_BH, lie(head)) for head, h_BH in zip(self.heads, hidden)]
+    return jnp.concatenate(last, 1)
 
 
 class DomainHeads(nnx.Module):

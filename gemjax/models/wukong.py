@@ -28,14 +28,21 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
 from gemjax import config as config_lib
 from gemjax.layers.dropout import Key, fold
-from gemjax.layers.interaction import FactorizationMachine, UnitLinear, map_together
+from gemjax.layers.interaction import (
+  FactorizationMachine,
+  UnitLinear,
+  map_together,
+  units_flat,
+  units_joined,
+  units_last,
+  units_turned,
+)
 from gemjax.layers.mlp import Mlp
-from gemjax.layers.norm import EPS, FrozenBatchNorm, LayerNorm, written_once
+from gemjax.layers.norm import EPS, FrozenBatchNorm, LayerNorm
 from gemjax.layers.saved import ALL, Keeping, run, scan
 from gemjax.models.heads import Heads
 
@@ -74,23 +81,24 @@ class WukongLayer(nnx.Module):
     mapped = lambda: UnitLinear(units, outputs, dtype=dtype, rngs=rngs, bias=bias)
     self.residual = None if units == outputs else mapped()
     self.norm = LayerNorm(dim, dtype, rngs, axis=1, eps=eps)
-    self.units, self.dim, self.dtype = units, dim, dtype
+    self.units, self.fmb_units, self.dim, self.dtype = units, config.fmb_units, dim, dtype
     self.relu = getattr(config, "fmb_relu", False)
 
   @jax.named_scope("wukong_layer")
   def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
-    residual = self.residual and self.residual.kernel_NL
-    kernels = [self.fm.mapped_by, self.compress.kernel_NL, residual]
-    mixed, compressed, residual = map_together(x_BDN, kernels, self.units, self.dtype)
-    if residual is None:
-      residual = x_BDN
-    elif self.residual.bias_L is not None:
-      residual += self.residual.bias_L[...].astype(self.dtype)
+    linear_NL = self.compress.kernel_NL[...]
+    if self.residual is not None:  # What R and LCB add is one map.
+      linear_NL = self.residual.kernel_NL[...] + jnp.pad(linear_NL, ((0, 0), (self.fmb_units, 0)))
+    kernels = [self.fm.mapped_by, linear_NL]
+    mixed, linear = map_together(x_BDN, kernels, self.units, self.dtype)
     pairs_BI = self.fm_norm(self.fm(x_BDN, mixed, fold(key_B, 0)), self.units)
-    flat = self.mlp(pairs_BI, fold(key_B, 1), self.units)
-    fmb = rearrange(flat, "b (n d) -> b d n", d=self.dim)
+    fmb = units_last(self.mlp(pairs_BI, fold(key_B, 1), self.units, self.fmb_units), self.dim)
     fmb = jax.nn.relu(fmb) if self.relu else fmb
-    return self.norm(jnp.concatenate([fmb, compressed], 2) + residual)
+    if self.residual is None:
+      return self.norm(units_joined(fmb, linear) + x_BDN)
+    if self.residual.bias_L is not None:
+      linear += self.residual.bias_L[...].astype(self.dtype)
+    return self.norm(jnp.pad(fmb, ((0, 0), (0, 0), (0, linear.shape[2] - self.fmb_units))) + linear)
 
 
 class Wukong(nnx.Module):
@@ -127,10 +135,11 @@ class Wukong(nnx.Module):
       dtype,
       rngs,
       norm if config.head_norm == "batch" else None,
+      outer=outputs,
     )
 
   def __call__(self, x_BND: jax.Array, key_B: Key = None) -> jax.Array:
-    x_BDN = written_once(rearrange(x_BND, "b n d -> b d n"))
+    x_BDN = units_turned(x_BND)
     kept = self.keeping
     if self.first is not None:
       x_BDN = run(kept, self.first, x_BDN, fold(key_B, 0), layer=0)
@@ -142,5 +151,4 @@ class Wukong(nnx.Module):
 
       first = int(self.first is not None)
       x_BDN = scan(kept, layer, x_BDN, weights, key_B, first=first, unroll=2)
-    x_BI = rearrange(x_BDN, "b d n -> b (n d)")
-    return run(kept, self.heads, x_BI, fold(key_B, 2), last=True)
+    return run(kept, self.heads, units_flat(x_BDN), fold(key_B, 2), last=True)
