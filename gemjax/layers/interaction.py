@@ -20,7 +20,7 @@ from gemjax.layers.linear import KERNEL, contract, kernel_init, side_by_side
 from gemjax.layers.mlp import Mlp
 from gemjax.layers.norm import computed_once, written_once
 
-GROUPS = 16  # Of examples, in which gradients of a map over units are summed.
+GROUPS = 4  # Of examples, in which gradients of a map over units are summed.
 TERMS = 16  # Most that a sum may have instead of a product of matrices.
 
 

@@ -72,7 +72,8 @@ def _forward(axis, dtype, eps, x, scale, bias):
   wide = x.astype(jnp.float32)
   mean = written_once(_mean(axis, wide), kept=True)
   # Not mean(x^2) - mean^2, of which nothing is left where x is large and nearly constant.
-  inverse = jax.lax.rsqrt(_mean(axis, jnp.square(wide - mean)) + eps)
+  variance = computed_once(lambda wide, mean: _mean(axis, jnp.square(wide - mean)))(wide, mean)
+  inverse = jax.lax.rsqrt(variance + eps)
   inverse = written_once(inverse, kept=True)
   y = (wide - mean) * inverse * _along(axis, scale, x) + _along(axis, bias, x)
   return written_once(y.astype(dtype)), (x, mean, inverse, scale)

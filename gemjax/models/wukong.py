@@ -81,7 +81,8 @@ class WukongLayer(nnx.Module):
     mapped = lambda: UnitLinear(units, outputs, dtype=dtype, rngs=rngs, bias=bias)
     self.residual = None if units == outputs else mapped()
     self.norm = LayerNorm(dim, dtype, rngs, axis=1, eps=eps)
-    self.units, self.fmb_units, self.dim, self.dtype = units, config.fmb_units, dim, dtype
+    self.fmb_units, self.lcb_units = config.fmb_units, config.lcb_units
+    self.units, self.dim, self.dtype = units, dim, dtype
     self.relu = getattr(config, "fmb_relu", False)
 
   @jax.named_scope("wukong_layer")
@@ -98,7 +99,8 @@ class WukongLayer(nnx.Module):
       return self.norm(units_joined(fmb, linear) + x_BDN)
     if self.residual.bias_L is not None:
       linear += self.residual.bias_L[...].astype(self.dtype)
-    return self.norm(jnp.pad(fmb, ((0, 0), (0, 0), (0, linear.shape[2] - self.fmb_units))) + linear)
+    nothing = jnp.zeros((*fmb.shape[:2], self.lcb_units), fmb.dtype)
+    return self.norm(units_joined(fmb, nothing) + linear)
 
 
 class Wukong(nnx.Module):
