@@ -140,13 +140,17 @@ def units_turned(x_BND: jax.Array) -> jax.Array:
 
 units_turned.defvjp(
   lambda x_BND: (units_turned(x_BND), None),
-  lambda _, gradient: (computed_once(lambda g: written_once(rearrange(g, "b d n -> b n d")))(gradient),),
+  lambda _, gradient: (
+    computed_once(lambda g: written_once(rearrange(g, "b d n -> b n d")))(gradient),
+  ),
 )
 
 
 def units_flat(x_BDN: jax.Array) -> jax.Array:
   """(B, I), flattened (n d), on CPUs as they lie, (d n): for a map with `outer` N."""
-  turned, as_they_lie = (lambda x, to=to: rearrange(x, f"b d n -> b ({to})") for to in ("n d", "d n"))
+  turned, as_they_lie = (
+    lambda x, to=to: rearrange(x, f"b d n -> b ({to})") for to in ("n d", "d n")
+  )
   return jax.lax.platform_dependent(x_BDN, cpu=as_they_lie, default=turned)
 
 

@@ -72,8 +72,7 @@ def _forward(axis, dtype, eps, x, scale, bias):
   wide = x.astype(jnp.float32)
   mean = written_once(_mean(axis, wide), kept=True)
   # Not mean(x^2) - mean^2, of which nothing is left where x is large and nearly constant.
-  variance = computed_once(lambda wide, mean: _mean(axis, jnp.square(wide - mean)))(wide, mean)
-  inverse = jax.lax.rsqrt(variance + eps)
+  inverse = jax.lax.rsqrt(_variance(axis, wide, mean) + eps)
   inverse = written_once(inverse, kept=True)
   y = (wide - mean) * inverse * _along(axis, scale, x) + _along(axis, bias, x)
   return written_once(y.astype(dtype)), (x, mean, inverse, scale)
@@ -94,14 +93,14 @@ def _backward(axis, dtype, eps, kept, gradient):
     return _scaled_mean(axis, gradient, scale), _scaled_mean(axis, product, scale)
 
   means = jax.lax.platform_dependent(cpu=multiplied, default=reduced)
-  others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
 
-  def told(x, mean, inverse, scale, gradient, of_mean, of_scale):
+  def gradient_of_x(x, mean, inverse, scale, gradient, of_mean, of_scale):
     normal = (x.astype(jnp.float32) - mean) * inverse
     g = gradient * _along(axis, scale, x)
     return ((g - of_mean - normal * of_scale) * inverse).astype(x.dtype)
 
-  of_x = computed_once(told)(*kept, gradient, *map(written_once, means))
+  of_x = computed_once(gradient_of_x)(*kept, gradient, *map(written_once, means))
+  others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
   return of_x, product.sum(others), gradient.sum(others)
 
 
@@ -117,6 +116,14 @@ def _mean(axis: int, x: jax.Array) -> jax.Array:
   # Divided behind the product, as a mean is: exact of a constant of few bits.
   multiplied = lambda x: x @ jnp.ones((width, 1), x.dtype) / width
   return jax.lax.platform_dependent(x, cpu=multiplied, default=reduced)
+
+
+def _variance(axis: int, x: jax.Array, mean: jax.Array) -> jax.Array:
+  """Around `mean`, an axis of size 1 as it; of longer strides XLA for CPUs writes no x - mean."""
+  if axis % x.ndim == x.ndim - 1:
+    return _mean(axis, jnp.square(x - mean))
+  around = lambda x, mean: jnp.square(x - mean).mean(axis, keepdims=True)
+  return computed_once(around)(x, mean)
 
 
 def _scaled_mean(axis: int, x: jax.Array, scale: jax.Array) -> jax.Array:
