@@ -226,7 +226,7 @@ def _columns(y: jax.Array, kernels: tuple[jax.Array, ...]) -> list[jax.Array]:
 
 
 def _joined(parts: list[jax.Array]) -> jax.Array:
-  """Side by side; XLA for CPUs joins to what reads them a sum of padded parts at twice the speed."""
+  """Side by side; of padded parts XLA for CPUs adds what reads them at twice the speed."""
 
   def padded(*parts):
     widths = [part.shape[-1] for part in parts]

@@ -99,7 +99,9 @@ def _backward(axis, dtype, eps, kept, gradient):
     g = gradient * _along(axis, scale, x)
     return ((g - of_mean - normal * of_scale) * inverse).astype(x.dtype)
 
-  of_x = computed_once(gradient_of_x)(*kept, gradient, *map(written_once, means))
+  # Along rows it is as fast where each of its readers computes it.
+  once = gradient_of_x if _last(axis, x) else computed_once(gradient_of_x)
+  of_x = once(*kept, gradient, *map(written_once, means))
   others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
   return of_x, product.sum(others), gradient.sum(others)
 
@@ -107,10 +109,14 @@ def _backward(axis, dtype, eps, kept, gradient):
 _normalise.defvjp(_forward, _backward)
 
 
+def _last(axis: int, x: jax.Array) -> bool:
+  return axis % x.ndim == x.ndim - 1
+
+
 def _mean(axis: int, x: jax.Array) -> jax.Array:
   """Kept as an axis of size 1; XLA for CPUs sums short rows number by number, but for a product."""
   reduced = lambda x: x.mean(axis, keepdims=True)
-  if axis % x.ndim != x.ndim - 1:
+  if not _last(axis, x):
     return reduced(x)
   width = x.shape[-1]
   # Divided behind the product, as a mean is: exact of a constant of few bits.
@@ -120,7 +126,7 @@ def _mean(axis: int, x: jax.Array) -> jax.Array:
 
 def _variance(axis: int, x: jax.Array, mean: jax.Array) -> jax.Array:
   """Around `mean`, an axis of size 1 as it; of longer strides XLA for CPUs writes no x - mean."""
-  if axis % x.ndim == x.ndim - 1:
+  if _last(axis, x):
     return _mean(axis, jnp.square(x - mean))
   around = lambda x, mean: jnp.square(x - mean).mean(axis, keepdims=True)
   return computed_once(around)(x, mean)
@@ -128,9 +134,9 @@ def _variance(axis: int, x: jax.Array, mean: jax.Array) -> jax.Array:
 
 def _scaled_mean(axis: int, x: jax.Array, scale: jax.Array) -> jax.Array:
   """The mean of x * scale along `axis`, kept as an axis of size 1, as a product."""
-  axis %= x.ndim
-  if axis == x.ndim - 1:
+  if _last(axis, x):
     return x @ jnp.expand_dims(scale / x.shape[axis], 1)
+  axis %= x.ndim
   lead = tuple(range(axis))
   scale = jnp.broadcast_to(scale / x.shape[axis], x.shape[: axis + 1])
   return jnp.expand_dims(jax.lax.dot_general(scale, x, (((axis,), (axis,)), (lead, lead))), axis)
@@ -149,8 +155,8 @@ def written_once(x: jax.Array, *, kept: bool = False) -> jax.Array:
 
 
 def computed_once(f: Callable) -> Callable:
-  """f of arrays, which XLA for CPUs shall compute as it stands and once: not joined to what makes its
-  arguments, nor joined to, and so computed anew for, each of those that read its result.
+  """f of arrays, which XLA for CPUs shall compute once and as it stands: not joined to what makes
+  its arguments, nor to what reads its result, for each of which it would compute it anew.
   """
 
   def called(*args):
