@@ -21,7 +21,8 @@ from gemjax.layers.mlp import Mlp
 from gemjax.layers.norm import computed_once, written_once
 
 GROUPS = 4  # Of examples, in which gradients of a map over units are summed.
-TERMS = 16  # Most that a sum may have instead of a product of matrices.
+TERMS = 16  # Most that a sum may have instead of a product of matrices,
+LARGE = 2**20  # and the least entries of it: what caches hold is multiplied as fast.
 
 
 class UnitLinear(nnx.Module):
@@ -116,7 +117,7 @@ def _pairs_backward(kept, gradient_BI):
     return of_x_BDN.astype(x_BDN.dtype), of_mixed_BDK.astype(mixed_BDK.dtype)
 
   # Of few terms that XLA joins to what is added to them, instead of writing it first.
-  few = kept[1].shape[2] <= TERMS
+  few = kept[1].shape[2] <= TERMS and kept[0].size >= LARGE
   on_cpu = functools.partial(
     of, lie="b (k n) -> b k n", letters="bkn", product=_term_by_term if few else jnp.einsum
   )

@@ -99,9 +99,7 @@ def _backward(axis, dtype, eps, kept, gradient):
     g = gradient * _along(axis, scale, x)
     return ((g - of_mean - normal * of_scale) * inverse).astype(x.dtype)
 
-  # Along rows it is as fast where each of its readers computes it.
-  once = gradient_of_x if _last(axis, x) else computed_once(gradient_of_x)
-  of_x = once(*kept, gradient, *map(written_once, means))
+  of_x = computed_once(gradient_of_x)(*kept, gradient, *map(written_once, means))
   others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
   return of_x, product.sum(others), gradient.sum(others)
 
