@@ -165,7 +165,7 @@ def units_last(x_BI: jax.Array, dim: int) -> jax.Array:
 
 def map_units(
   x_BDN: jax.Array, kernels: tuple[jax.Array, ...], units: int, dtype: str
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
   """Every example's X W, (B, D, L), of all `kernels`, which lie whole or are this device's rows
   (`contract`).
   """
@@ -214,19 +214,19 @@ def _backward(kept, gradients_BDL):
   of_kernel_GNL = jnp.einsum(
     "grn,grl->gnl", x_GRN, gradient_GRL, preferred_element_type=kernels[0].dtype
   )
-  return of_x_BDN, tuple(_columns(of_kernel_GNL.sum(0), kernels))
+  return of_x_BDN, _columns(of_kernel_GNL.sum(0), kernels)
 
 
 _map_whole.defvjp(_forward, _backward)
 
 
-def _columns(y: jax.Array, kernels: tuple[jax.Array, ...]) -> list[jax.Array]:
+def _columns(y: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
   """The part of y's last axis that is of each kernel."""
   ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
-  return jnp.split(y, ends[:-1], -1)
+  return tuple(jnp.split(y, ends[:-1], -1))
 
 
-def _joined(parts: list[jax.Array]) -> jax.Array:
+def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
   """Side by side; of padded parts XLA for CPUs adds what reads them at twice the speed."""
 
   def padded(*parts):
@@ -243,11 +243,11 @@ def _joined(parts: list[jax.Array]) -> jax.Array:
 @jax.custom_vjp
 def units_joined(first_BDN: jax.Array, second_BDN: jax.Array) -> jax.Array:
   """(B, D, N + M): units side by side."""
-  return _joined([first_BDN, second_BDN])
+  return _joined((first_BDN, second_BDN))
 
 
 def _joined_forward(first_BDN, second_BDN):
-  return _joined([first_BDN, second_BDN]), first_BDN.shape[2]
+  return _joined((first_BDN, second_BDN)), first_BDN.shape[2]
 
 
 def _joined_backward(first, gradient_BDN):

@@ -18,6 +18,7 @@ from gemjax.layers import float8 as float8_lib
 
 # Logical axes of every kernel, the first of them the one that is summed over.
 KERNEL = ("fan_in", "fan_out")
+UNTURNED = (0, 0)
 kernel_init = nnx.initializers.lecun_normal(in_axis=0, out_axis=1)
 
 
@@ -39,17 +40,18 @@ class Linear(nnx.Module):
     """On a CPU the inputs lie (k outer) where W's rows lie (outer k), and the outputs (k columns)
     where W's columns lie (columns k), unless 0.
     """
-    kernel = on_cpu_inner_first(self.kernel[...], columns, axis=1)
     bias = on_cpu_inner_first(self.bias[...], columns)
     y_BO = contract(
-      "bi,io->bo", x_BI, kernel, self.inputs, self.dtype, float8=self.float8, outer=outer
+      *("bi,io->bo", x_BI, self.kernel[...], self.inputs, self.dtype),
+      float8=self.float8,
+      turned=(outer, columns),
     )
     return y_BO + rearrange(bias.astype(self.dtype), "o -> 1 o")
 
   def whole(self) -> jax.Array:
     """W, (I, O) in `dtype`; of a small kernel: what follows from it is kept for its gradient."""
     kernel = self.kernel[...]
-    return _whole((kernel,), self.dtype, 0, kernel.shape[0] != self.inputs)
+    return _whole((kernel,), self.dtype, UNTURNED, kernel.shape[0] != self.inputs)
 
 
 def contract(
@@ -60,7 +62,7 @@ def contract(
   dtype: str,
   *,
   float8: bool = False,
-  outer: int = 0,
+  turned: tuple[int, int] = UNTURNED,
 ) -> jax.Array:
   """einsum(equation, x, W) in `dtype`, where W is the whole kernel.
 
@@ -72,13 +74,14 @@ def contract(
     inputs: Rows of W.
     dtype: W is cast to it before it is gathered: what the product needs, in half the bytes.
     float8: Whether x and W are multiplied in 8 bits (gemjax/layers/float8.py).
-    outer: Where not 0, W's rows, (outer k), are taken in the order (k outer) on a CPU.
+    turned: (outer, columns): where not 0, W's rows, (outer k), are taken in the order (k outer) on
+      a CPU, and its columns, (columns k), in the order (k columns).
   """
   kernels = kernel if isinstance(kernel, tuple) else (kernel,)
   sharded = kernels[0].shape[0] != inputs
-  if not (sharded or outer or float8 or len(kernels) > 1):
+  if not (sharded or any(turned) or float8 or len(kernels) > 1):
     return jnp.einsum(equation, x.astype(dtype), kernels[0].astype(dtype))
-  return _contract(equation, dtype, float8, outer, sharded, x.astype(dtype), kernels)
+  return _contract(equation, dtype, float8, turned, sharded, x.astype(dtype), kernels)
 
 
 def side_by_side(kernels: tuple[jax.Array, ...], dtype: str) -> jax.Array:
@@ -101,24 +104,24 @@ def on_cpu_inner_first(w: jax.Array, outer: int, axis: int = 0) -> jax.Array:
 # Outside of loops over layers XLA sees that both gathers are one, and keeps that W: of the first
 # layer and the heads, which are a small part of all and would wait for it.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _contract(equation, dtype, float8, outer, sharded, x, kernels):
-  kernel = _whole(kernels, dtype, outer, sharded)
+def _contract(equation, dtype, float8, turned, sharded, x, kernels):
+  kernel = _whole(kernels, dtype, turned, sharded)
   if not float8:
     return jnp.einsum(equation, x, kernel)
   return float8_lib.product(equation, float8_lib.rounded(x), float8_lib.rounded(kernel), dtype)
 
 
-def _forward(equation, dtype, float8, outer, sharded, x, kernels):
+def _forward(equation, dtype, float8, turned, sharded, x, kernels):
   if not float8:
-    return _contract(equation, dtype, float8, outer, sharded, x, kernels), (x, kernels)
+    return _contract(equation, dtype, float8, turned, sharded, x, kernels), (x, kernels)
   x8 = float8_lib.rounded(x)
-  kernel8 = float8_lib.rounded(_whole(kernels, dtype, outer, sharded))
+  kernel8 = float8_lib.rounded(_whole(kernels, dtype, turned, sharded))
   return float8_lib.product(equation, x8, kernel8, dtype), (x8, kernels)
 
 
-def _backward(equation, dtype, float8, outer, sharded, kept, gradient):
+def _backward(equation, dtype, float8, turned, sharded, kept, gradient):
   x, kernels = kept
-  whole = lambda kernels: _whole(kernels, dtype, outer, sharded)
+  whole = lambda kernels: _whole(kernels, dtype, turned, sharded)
   kernel = whole(kernels)
   if float8:
     of_x, of_kernel = float8_lib.gradients(equation, x, float8_lib.rounded(kernel), gradient)
@@ -131,11 +134,15 @@ def _backward(equation, dtype, float8, outer, sharded, kept, gradient):
 _contract.defvjp(_forward, _backward)
 
 
-def _whole(kernels: tuple[jax.Array, ...], dtype: str, outer: int, sharded: bool) -> jax.Array:
+def _whole(
+  kernels: tuple[jax.Array, ...], dtype: str, turned: tuple[int, int], sharded: bool
+) -> jax.Array:
   """The whole kernel; of shards the transpose sums gradients over `model` and keeps this device's
   rows.
   """
   kernel = side_by_side(kernels, dtype)
   if sharded:
     kernel = jax.lax.all_gather(kernel, MODEL, axis=0, tiled=True)
-  return on_cpu_inner_first(kernel, outer)
+  for axis, outer in enumerate(turned):
+    kernel = on_cpu_inner_first(kernel, outer, axis)
+  return kernel

@@ -87,20 +87,22 @@ class WukongLayer(nnx.Module):
 
   @jax.named_scope("wukong_layer")
   def __call__(self, x_BDN: jax.Array, key_B: Key = None) -> jax.Array:
-    linear_NL = self.compress.kernel_NL[...]
-    if self.residual is not None:  # What R and LCB add is one map.
-      linear_NL = self.residual.kernel_NL[...] + jnp.pad(linear_NL, ((0, 0), (self.fmb_units, 0)))
-    kernels = [self.fm.mapped_by, linear_NL]
-    mixed, linear = map_together(x_BDN, kernels, self.units, self.dtype)
+    compress_NL, residual = self.compress.kernel_NL[...], self.residual
+    residual_NM = residual and residual.kernel_NL[...]
+    if residual and len(residual_NM) == len(compress_NL):  # Both whole or both shards: one map.
+      residual_NM += jnp.pad(compress_NL, ((0, 0), (self.fmb_units, 0)))
+      compress_NL = None
+    kernels = [self.fm.mapped_by, compress_NL, residual_NM]
+    mixed, compressed, base = map_together(x_BDN, kernels, self.units, self.dtype)
+    base = x_BDN if base is None else base
+    if residual and residual.bias_L is not None:
+      base += residual.bias_L[...].astype(self.dtype)
     pairs_BI = self.fm_norm(self.fm(x_BDN, mixed, fold(key_B, 0)), self.units)
     fmb = units_last(self.mlp(pairs_BI, fold(key_B, 1), self.units, self.fmb_units), self.dim)
     fmb = jax.nn.relu(fmb) if self.relu else fmb
-    if self.residual is None:
-      return self.norm(units_joined(fmb, linear) + x_BDN)
-    if self.residual.bias_L is not None:
-      linear += self.residual.bias_L[...].astype(self.dtype)
-    nothing = jnp.zeros((*fmb.shape[:2], self.lcb_units), fmb.dtype)
-    return self.norm(units_joined(fmb, nothing) + linear)
+    if compressed is None:
+      compressed = jnp.zeros((*fmb.shape[:2], self.lcb_units), fmb.dtype)
+    return self.norm(units_joined(fmb, compressed) + base)
 
 
 class Wukong(nnx.Module):

@@ -20,7 +20,7 @@ def test_every_batch_size(batch, dtype, tolerance):
   x, w, g = (rng.normal(size=s) for s in ((batch, D, N), (N, L), (batch, D, L)))
   if dtype == "bfloat16":
     x, g = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, g))
-  map_of = lambda x, w: map_units(x, (w,), N, dtype)
+  map_of = lambda x, w: map_units(x, (w,), N, dtype)[0]
   y, transpose = jax.vjp(map_of, jnp.asarray(x, dtype), jnp.asarray(w, jnp.float32))
   of_x, of_w = transpose(jnp.asarray(g, dtype))
   assert y.dtype == of_x.dtype == dtype and of_w.dtype == jnp.float32

@@ -107,7 +107,8 @@ def test_matrix_flops_are_those_of_the_formula(step):
 
   def layer(units, rank=16, fmb=16, lcb=16, hidden=(1024, 1024)):
     widths = [units * rank, *hidden, fmb * d]
-    mixed = 2 * d * units * rank + d * units * lcb + (units != fmb + lcb) * d * units * (fmb + lcb)
+    linear = lcb if units == fmb + lcb else fmb + lcb  # W_L, which R's map takes in.
+    mixed = 2 * d * units * rank + d * units * linear
     return mixed + sum(a * b for a, b in itertools.pairwise(widths))
 
   # Units: price, user, item, hour, four of page, the history.
