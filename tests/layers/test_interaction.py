@@ -8,7 +8,14 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemjax.config import MODEL
-from gemjax.layers.interaction import GROUPS, FactorizationMachine, map_together, map_units
+from gemjax.layers import interaction
+from gemjax.layers.interaction import (
+  GROUPS,
+  FactorizationMachine,
+  map_together,
+  map_units,
+  units_joined,
+)
 
 D, N, L = 3, 5, 2
 
@@ -44,6 +51,38 @@ def test_gradients_have_the_types_of_what_they_are_of(dtype):
   assert of_x.dtype == of_y.dtype == "float32"
   # sum_nk x_n (x . y)_k for x = 1: D (sum of Y) N, differentiated.
   np.testing.assert_allclose(of_y, np.full(of_y.shape, 4.0 * D * N), rtol=1e-2)
+
+
+@pytest.mark.parametrize("large", [1, 10**9])
+@pytest.mark.parametrize("rank", [1, 4, interaction.TERMS + 1])
+def test_pairs_have_the_gradients_of_their_formula_as_sums_and_as_products(
+  monkeypatch, large, rank
+):
+  monkeypatch.setattr(interaction, "LARGE", large)
+  rng = np.random.default_rng(rank)
+  fm = FactorizationMachine("optimised", N, D, rank, dtype="float32", rngs=nnx.Rngs(0))
+  x_BDN, mixed_BDK = (jnp.asarray(rng.normal(size=(6, D, w)), jnp.float32) for w in (N, rank))
+  pairs_BI, transpose = jax.vjp(fm, x_BDN, mixed_BDK)
+  g_BI = jnp.asarray(rng.normal(size=pairs_BI.shape), jnp.float32)
+  found = pairs_BI, *transpose(g_BI)
+  x, mixed, g = (np.float64(a) for a in (x_BDN, mixed_BDK, g_BI.reshape(6, rank, N)))
+  expected = (
+    np.einsum("bdk,bdn->bkn", mixed, x).reshape(6, -1),
+    np.einsum("bdk,bkn->bdn", mixed, g),
+    np.einsum("bdn,bkn->bdk", x, g),
+  )
+  for have, want in zip(found, expected, strict=True):
+    np.testing.assert_allclose(have, want, atol=2e-6)
+
+
+def test_units_beside_each_other_keep_their_values_and_their_gradients():
+  rng = np.random.default_rng(0)
+  first, second, weight = (rng.normal(size=(4, D, n)).astype(np.float32) for n in (N, L, N + L))
+  first[0, 1, 2], second[1, 0, 1] = np.nan, np.inf  # Nothing of one reaches the other.
+  joined, transpose = jax.vjp(units_joined, first, second)
+  np.testing.assert_array_equal(joined, np.concatenate([first, second], 2))
+  for found, right in zip(transpose(weight), (weight[..., :N], weight[..., N:]), strict=True):
+    np.testing.assert_array_equal(found, right)
 
 
 def test_maps_whose_kernels_lie_whole_or_in_shards_are_each_their_own():

@@ -27,6 +27,19 @@ def test_a_whole_kernel_gives_the_bits_of_nnx_linear(dtype):
     np.testing.assert_array_equal(mine(X_BI), other(X_BI))
 
 
+def test_turned_inputs_and_outputs_are_those_of_a_turned_kernel():
+  """On a CPU: rows (2 x 6) and columns (4 x 3), each in the order of their second factor first."""
+  layer = Linear(12, 12, dtype="float32", rngs=nnx.Rngs(0))
+  layer.bias[...] = jnp.arange(12.0)
+  turned = lambda a, outer: a.reshape(5, outer, -1).swapaxes(1, 2).reshape(5, 12)
+  plain, of_plain = jax.vjp(lambda x: layer(x), X_BI)
+  found, of_found = jax.vjp(lambda x: layer(x, 2, 4), turned(X_BI, 2))
+  np.testing.assert_allclose(found, turned(plain, 4), atol=1e-5)
+  weight = np.random.default_rng(1).normal(size=(5, 12)).astype(np.float32)
+  (of_x,), (of_turned,) = of_plain(weight), of_found(turned(weight, 4))
+  np.testing.assert_allclose(of_turned, turned(of_x, 2), atol=1e-5)
+
+
 def test_parameters_name_their_axes():
   layer = Linear(12, 7, dtype="float32", rngs=nnx.Rngs(0))
   assert layer.kernel.axes == ("fan_in", "fan_out") and layer.bias.axes == ("fan_out",)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gemjax.layers.norm import LayerNorm
+from gemjax.layers.norm import LayerNorm, computed_once
 
 X = np.random.default_rng(0).normal(2.0, 3.0, (5, 4, 6)).astype(np.float32)
 
@@ -78,3 +78,17 @@ def test_a_large_mean_costs_no_more_than_the_rounding_of_x(mean):
   normal = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
   expected = normal * np.asarray(layer.scale[...]) + np.asarray(layer.bias[...])
   np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-6 * mean)
+
+
+def test_what_is_computed_once_is_not_computed_by_each_that_reads_it():
+  """On CPUs, by what XLA makes of it; else the product is joined to both that read it."""
+
+  def products(make):
+    def read(x):
+      y = make(lambda x: x * 3.0)(x)
+      return y[:, :3] + 1.0, y[:, 3:] + 2.0
+
+    text = jax.jit(read).lower(jnp.ones((4, 6))).compile().as_text()
+    return sum(" multiply(" in line for line in text.splitlines())
+
+  assert products(lambda f: f) == 2 and products(computed_once) == 1

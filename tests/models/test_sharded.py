@@ -127,6 +127,19 @@ def test_every_mesh_gives_the_logits_and_gradients_of_one_device(every_kernel, n
     assert_close(on_mesh(graph, abstract, shape)(params, inputs), expected, 1e-5)
 
 
+def test_a_residual_in_shards_beside_a_compression_that_lies_whole(monkeypatch):
+  """The first layer's two maps, else one, are then two."""
+  graph, abstract, params, inputs = build(MODELS["optimised"])
+  first = params["model"]["first"]
+  whole, sharded = (first[part]["kernel_NL"] for part in ("compress", "residual"))
+  monkeypatch.setattr(placement, "SMALLEST_SHARDED", whole.size + 1)
+  specs = placement.param_specs(abstract, {DATA: 4, MODEL: 2})["model"]["first"]
+  lies = [specs[part]["kernel_NL"][0] for part in ("compress", "residual")]
+  assert lies == [None, MODEL] and sharded.size > whole.size  # 10 rows, on two devices.
+  expected = on_one_device(graph, params, inputs)
+  assert_close(on_mesh(graph, abstract, (4, 2))(params, inputs), expected, 1e-5)
+
+
 def test_bfloat16_stays_close_and_travels_in_half_the_bytes(every_kernel):
   graph, abstract, params, inputs = build(MODELS["optimised"], "bfloat16")
   step = on_mesh(graph, abstract, (2, 4))
