@@ -20,9 +20,9 @@ from gemjax.layers.linear import KERNEL, contract, kernel_init, side_by_side
 from gemjax.layers.mlp import Mlp
 from gemjax.layers.norm import computed_once, written_once
 
-GROUPS = 4  # Of examples, in which gradients of a map over units are summed.
+GROUPS = 16  # Of examples, in which gradients of a map over units are summed.
 TERMS = 16  # Most that a sum may have instead of a product of matrices,
-LARGE = 2**20  # and the least entries of it: what caches hold is multiplied as fast.
+LARGE = 2**23  # and the least entries of it: what caches hold is multiplied as fast.
 
 
 class UnitLinear(nnx.Module):
@@ -117,12 +117,17 @@ def _pairs_backward(kept, gradient_BI):
     return of_x_BDN.astype(x_BDN.dtype), of_mixed_BDK.astype(mixed_BDK.dtype)
 
   # Of few terms that XLA joins to what is added to them, instead of writing it first.
-  few = kept[1].shape[2] <= TERMS and kept[0].size >= LARGE
+  few = kept[1].shape[2] <= TERMS and kept[0].size >= LARGE and _exact(kept[0])
   on_cpu = functools.partial(
     of, lie="b (k n) -> b k n", letters="bkn", product=_term_by_term if few else jnp.einsum
   )
   elsewhere = functools.partial(of, lie="b (n k) -> b n k", letters="bnk", product=jnp.einsum)
   return jax.lax.platform_dependent(*kept, gradient_BI, cpu=on_cpu, default=elsewhere)
+
+
+def _exact(x: jax.Array) -> bool:
+  """Whether sums of x need no rounding after every term, which takes time and digits."""
+  return x.dtype.itemsize >= 4
 
 
 def _term_by_term(_, mixed_BDK: jax.Array, gradient_BKN: jax.Array) -> jax.Array:
@@ -139,12 +144,14 @@ def units_turned(x_BND: jax.Array) -> jax.Array:
   return written_once(rearrange(x_BND, "b n d -> b d n"))
 
 
-units_turned.defvjp(
-  lambda x_BND: (units_turned(x_BND), None),
-  lambda _, gradient: (
-    computed_once(lambda g: written_once(rearrange(g, "b d n -> b n d")))(gradient),
-  ),
-)
+def _units_turned_back(_, gradient_BDN):
+  def turned_back(gradient_BDN):
+    return written_once(rearrange(gradient_BDN, "b d n -> b n d"))
+
+  return (computed_once(turned_back)(gradient_BDN),)
+
+
+units_turned.defvjp(lambda x_BND: (units_turned(x_BND), None), _units_turned_back)
 
 
 def units_flat(x_BDN: jax.Array) -> jax.Array:
@@ -227,7 +234,9 @@ def _columns(y: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, .
 
 
 def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
-  """Side by side; of padded parts XLA for CPUs adds what reads them at twice the speed."""
+  """Side by side, of float32 on CPUs a sum of padded parts: XLA joins it to what reads it at twice
+  the speed.
+  """
 
   def padded(*parts):
     widths = [part.shape[-1] for part in parts]
@@ -237,7 +246,8 @@ def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
     return sum(jnp.pad(part, [*around, r]) for part, r in zip(parts, room))
 
   beside = lambda *parts: jnp.concatenate(parts, -1)
-  return jax.lax.platform_dependent(*parts, cpu=padded, default=beside)
+  on_cpu = padded if _exact(parts[0]) else beside
+  return jax.lax.platform_dependent(*parts, cpu=on_cpu, default=beside)
 
 
 @jax.custom_vjp
@@ -251,7 +261,8 @@ def _joined_forward(first_BDN, second_BDN):
 
 
 def _joined_backward(first, gradient_BDN):
-  return computed_once(lambda g: g[:, :, :first])(gradient_BDN), gradient_BDN[:, :, first:]
+  first_units = lambda gradient_BDN: gradient_BDN[:, :, :first]
+  return computed_once(first_units)(gradient_BDN), gradient_BDN[:, :, first:]
 
 
 units_joined.defvjp(_joined_forward, _joined_backward)

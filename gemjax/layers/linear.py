@@ -40,12 +40,9 @@ class Linear(nnx.Module):
     """On a CPU the inputs lie (k outer) where W's rows lie (outer k), and the outputs (k columns)
     where W's columns lie (columns k), unless 0.
     """
-    bias = on_cpu_inner_first(self.bias[...], columns)
-    y_BO = contract(
-      *("bi,io->bo", x_BI, self.kernel[...], self.inputs, self.dtype),
-      float8=self.float8,
-      turned=(outer, columns),
-    )
+    kernel, bias = self.kernel[...], on_cpu_inner_first(self.bias[...], columns)
+    more = {"float8": self.float8, "turned": (outer, columns)}
+    y_BO = contract("bi,io->bo", x_BI, kernel, self.inputs, self.dtype, **more)
     return y_BO + rearrange(bias.astype(self.dtype), "o -> 1 o")
 
   def whole(self) -> jax.Array:

@@ -153,8 +153,9 @@ def written_once(x: jax.Array, *, kept: bool = False) -> jax.Array:
 
 
 def computed_once(f: Callable) -> Callable:
-  """f of arrays, which XLA for CPUs shall compute once and as it stands: not joined to what makes
-  its arguments, nor to what reads its result, for each of which it would compute it anew.
+  """f of arrays, element-wise or a reduction, which XLA for CPUs shall compute once and as it
+  stands: not joined to what makes its arguments, nor to what reads its result, for each of which it
+  would compute it anew.
   """
 
   def called(*args):

@@ -20,7 +20,8 @@
 
 What open implementations do otherwise is off unless the config asks for it: a ReLU on the output
 of FMB, a bias in R, batch norm in the head, another epsilon in the norms.
-Inside, units lie last (gemjax/layers/interaction.py).
+Inside, units lie last (gemjax/layers/interaction.py), and where R is a map it takes in W_L: what
+both add to the last n_L units is X (W_R + [0 | W_L]).
 Letters: B examples, D width of a unit, N units, T tasks.
 """
 

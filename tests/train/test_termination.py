@@ -1,4 +1,4 @@
-"""SIGTERM stops a process wherever it is: no handler of errors takes it for one."""
+"""SIGTERM: no handler of errors takes it for one."""
 
 import contextlib
 import signal
