@@ -102,13 +102,13 @@ def _write(x_HTD: jax.Array, row_CB, inside_CB, y_CHBD: jax.Array) -> jax.Array:
   return x_RD.reshape(x_HTD.shape)
 
 
-def _add(x_HTD: jax.Array, start_C: jax.Array, y_CHBD: jax.Array) -> jax.Array:
-  """x with the rows y added from `start` on, one tile behind the other; x has room for the last."""
-  for start, y_HBD in zip(start_C, y_CHBD):
-    at = jnp.int32(0), start, jnp.int32(0)
-    old = jax.lax.dynamic_slice(x_HTD, at, y_HBD.shape)
-    x_HTD = jax.lax.dynamic_update_slice(x_HTD, old + y_HBD, at)
-  return x_HTD
+def _add(x_HDT: jax.Array, start_C: jax.Array, y_CHDB: jax.Array) -> jax.Array:
+  """x with the columns y added from `start` on, tile behind tile; x has room for the last."""
+  for start, y_HDB in zip(start_C, y_CHDB):
+    at = jnp.int32(0), jnp.int32(0), start
+    old = jax.lax.dynamic_slice(x_HDT, at, y_HDB.shape)
+    x_HDT = jax.lax.dynamic_update_slice(x_HDT, old + y_HDB, at)
+  return x_HDT
 
 
 def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
@@ -183,9 +183,11 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
     # A tile that nothing sees may hold anything, and no slope of 0 takes that away.
     seen_CK = there_CK & (some.first_N < some.last_N)[:, None]
     k_CHKD, v_CHKD = (_take_heads(x, key_CK, seen_CK) for x in (k_HED, v_HED))
+    # XLA for CPUs multiplies as they lie what is summed over the first operand's last axis.
+    k_CHDK = jax.lax.optimization_barrier(jnp.swapaxes(k_CHKD, 2, 3))
 
     def of_queries(row_CB, inside_CB, sums):
-      dq_HTD, dk_CHKD, dv_CHKD, dtables = sums
+      dq_HDT, dk_CHKD, dv_CHKD, dtables = sums
       q_CHBD, g_CHBD = (_take_heads(x, row_CB, inside_CB) for x in (q_HTD, g_HTD))
       # All pairs lie (K, B), so that the sums of keys and values are products as they lie.
       args = form, tables, plan, q_CHBD, k_CHKD, row_CB, inside_CB, key_CK
@@ -207,23 +209,23 @@ def backward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan, saved: Saved, 
         d + jnp.einsum("chkb,ckbn->hn", slope, jax.nn.one_hot(bucket, d.shape[1], dtype=high))
         for d, bucket in zip(dtables, found)
       )
-      dq_CHBD = jnp.einsum("chkb,chkd->chbd", slope, k_CHKD)
-      dq_CHBD = jnp.where(inside_CB[:, None, :, None], dq_CHBD, 0)  # A NaN of k stays with its own.
-      dq_HTD = _add(dq_HTD, row_CB[:, 0], dq_CHBD)
+      dq_CHDB = jnp.einsum("chdk,chkb->chdb", k_CHDK, slope)
+      dq_CHDB = jnp.where(inside_CB[:, None, None], dq_CHDB, 0)  # A NaN of k stays with its own.
+      dq_HDT = _add(dq_HDT, row_CB[:, 0], dq_CHDB)
       total = functools.partial(jnp.einsum, "chkb,chbd->chkd")
-      return dq_HTD, dk_CHKD + total(slope, q_CHBD), dv_CHKD + total(weight, g_CHBD), dtables
+      return dq_HDT, dk_CHKD + total(slope, q_CHBD), dv_CHKD + total(weight, g_CHBD), dtables
 
-    dq_HTD, dk_HED, dv_HED, dtables = carry
+    dq_HDT, dk_HED, dv_HED, dtables = carry
     zero = jnp.zeros((len(key_CK), heads, K, width), high)
-    start = dq_HTD, zero, zero, dtables
-    dq_HTD, dk_CHKD, dv_CHKD, dtables = _over_other(some, Q, of_queries, start)
+    start = dq_HDT, zero, zero, dtables
+    dq_HDT, dk_CHKD, dv_CHKD, dtables = _over_other(some, Q, of_queries, start)
     dk_HED = _write(dk_HED, key_CK, there_CK, dk_CHKD * form.scale)
-    return dq_HTD, dk_HED, _write(dv_HED, key_CK, there_CK, dv_CHKD), dtables
+    return dq_HDT, dk_HED, _write(dv_HED, key_CK, there_CK, dv_CHKD), dtables
 
   zeros = tuple(jnp.zeros(table_HN.shape, high) for table_HN in tables)
   cut = tiles.key_tiles(plan.kv_offsets_S1, plan.lo_T, plan.hi_T, len(k_EHD), K)
-  dq_HTD = jnp.zeros((heads, count + Q, width), high)  # Room for a tile at the last row.
-  start = dq_HTD, jnp.zeros_like(k_HED), jnp.zeros_like(v_HED), zeros
-  dq_HTD, dk_HED, dv_HED, dtables = _over_tiles(cut, AT_ONCE // (Q * K), of_keys, start)
-  dq_HTD = (dq_HTD[:, :count] * form.scale).astype(q_THD.dtype)
-  return Gradients(*(jnp.swapaxes(x, 0, 1) for x in (dq_HTD, dk_HED, dv_HED)), dtables)
+  dq_HDT = jnp.zeros((heads, width, count + Q), high)  # Room for a tile at the last row.
+  start = dq_HDT, jnp.zeros_like(k_HED), jnp.zeros_like(v_HED), zeros
+  dq_HDT, dk_HED, dv_HED, dtables = _over_tiles(cut, AT_ONCE // (Q * K), of_keys, start)
+  dq_THD = jnp.moveaxis(dq_HDT[:, :, :count] * form.scale, 2, 0).astype(q_THD.dtype)
+  return Gradients(dq_THD, *(jnp.swapaxes(x, 0, 1) for x in (dk_HED, dv_HED)), dtables)

@@ -37,8 +37,10 @@ def outer(x_TK, y_TN, offsets_S1) -> jax.Array:
 
   def body(segment_C, row_CB, inside_CB, w_SKN):
     x_CBK, y_CBN = (_take(a, row_CB, inside_CB) for a in (x_TK, y_TN))
+    # XLA for CPUs multiplies as they lie what is summed over the first operand's last axis.
+    x_CKB = jax.lax.optimization_barrier(jnp.swapaxes(x_CBK, 1, 2))
     return w_SKN.at[segment_C].add(
-      jnp.einsum("cbk,cbn->ckn", x_CBK, y_CBN), mode="promise_in_bounds"
+      jnp.einsum("ckb,cbn->ckn", x_CKB, y_CBN), mode="promise_in_bounds"
     )
 
   zeros = jnp.zeros(shape, _wide(x_TK).dtype)
