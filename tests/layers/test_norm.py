@@ -92,3 +92,12 @@ def test_what_is_computed_once_is_not_computed_by_each_that_reads_it():
     return sum(" multiply(" in line for line in text.splitlines())
 
   assert products(lambda f: f) == 2 and products(computed_once) == 1
+
+
+@pytest.mark.parametrize("platform, held", [("cpu", True), ("cuda", False)])
+def test_only_programs_for_cpus_are_told_what_to_compute_once(platform, held):
+  layer, x = ours(1), jnp.asarray(X)
+  graph, params = nnx.split(layer, nnx.Param)
+  loss = lambda params, x: nnx.merge(graph, params)(x).sum()
+  traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(params, x)
+  assert ("inlineable" in traced.lower(lowering_platforms=(platform,)).as_text()) == held

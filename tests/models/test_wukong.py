@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from gemjax.config import Wukong as WukongConfig
+from gemjax.layers import interaction
 from gemjax.layers.dropout import example_keys
 from gemjax.models.wukong import Wukong
 
@@ -102,6 +103,30 @@ def test_what_other_implementations_do_otherwise(option):
   # LN takes a bias away again, which is the same in all places of a unit.
   seen = not config.residual_bias
   assert (np.abs(want - oracle(x, params, plain)).max() > 1e-2) == seen
+
+
+@pytest.mark.parametrize("large", [0, interaction.LARGE])
+@pytest.mark.parametrize("fm", ["basic", "optimised", "attentive"])
+@pytest.mark.parametrize(("layers", "units"), [(3, 6), (2, 5)])
+def test_gradients_equal_differences_of_the_equations(fm, layers, units, large, monkeypatch):
+  """Of every array by itself, along a random direction, in float64; large arrays go another way."""
+  monkeypatch.setattr(interaction, "LARGE", large)
+  config = WukongConfig(layers=layers, fmb_units=2, lcb_units=3, rank=3, fm=fm, mlp=(7,), head=(6,))
+  graph, params = build(config, units)
+  weight_BT = np.random.default_rng(2).normal(size=(B, T))
+  loss = lambda params, x: (nnx.merge(graph, params)(x) * weight_BT).sum()
+  args = params, jnp.asarray(x_of(units))
+  leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, args))
+  found = jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(*args))
+  exact = lambda leaves: (oracle(*tree.unflatten(leaves)[::-1], config) * weight_BT).sum()
+  rng, step = np.random.default_rng(3), 1e-6
+  for i, (leaf, gradient) in enumerate(zip(leaves, found, strict=True)):
+    way = rng.normal(size=leaf.shape)
+    ends = [exact([*leaves[:i], leaf + s * way, *leaves[i + 1 :]]) for s in (step, -step)]
+    scale = np.linalg.norm(gradient) * np.linalg.norm(way)
+    np.testing.assert_allclose(
+      np.vdot(gradient, way), (ends[0] - ends[1]) / (2 * step), atol=1e-4 * scale
+    )
 
 
 def test_batch_norm_keeps_its_statistics():
