@@ -3,7 +3,9 @@
 import importlib
 import os
 import pathlib
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -105,8 +107,14 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _unraisable(found) -> None:
-  """TensorStore's threads still report to the event loop of a save or restore that has failed."""
-  if str(found.exc_value) != "Event loop is closed":
+  """TensorStore's threads still report to the event loop of a save or restore that has failed; and
+  a SIGTERM that met a destructor, where Python drops what is raised, comes again a moment later.
+  """
+  if isinstance(found.exc_value, Terminated):
+    again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM))
+    again.daemon = True  # A binary that has done all by then ends as ever.
+    again.start()
+  elif str(found.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(found)
 
 

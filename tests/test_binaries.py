@@ -76,3 +76,28 @@ def test_a_platform_named_by_the_user_is_not_overruled(wheels):
     JAX_PLATFORMS="cpu",
   )
   assert found.stdout == "cpu\n" and "computing on the CPU" not in found.stderr
+
+
+def test_a_sigterm_that_meets_a_destructor_is_not_lost():
+  """Python drops what is raised in there."""
+  code = """
+import signal, time
+import cli
+from gemjax.train.termination import Termination
+
+class Last:
+  def __del__(self):
+    signal.raise_signal(signal.SIGTERM)
+
+def main():
+  with Termination("stopped"):
+    last = Last()
+    del last
+    print("it was dropped", flush=True)
+    time.sleep(60)
+
+cli.run(main, accelerated=False)
+"""
+  done = run(code)
+  assert (done.returncode, done.stdout) == (143, "it was dropped\n"), done.stderr
+  assert done.stderr == "error: stopped; the same command begins anew\n"
