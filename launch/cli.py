@@ -1,8 +1,11 @@
 """What every binary does around its `main`: one sentence for an error, an exit code for all."""
 
+import dataclasses
 import importlib
 import os
 import pathlib
+import pydoc
+import re
 import signal
 import sys
 import threading
@@ -18,6 +21,12 @@ from gemjax.config import Config, ConfigError
 from gemjax.parallel.peers import TOLD
 from gemjax.parallel.process import set_up_process
 from gemjax.train.termination import Terminated
+
+# Forms of config_flags, and where in them the field and its dataclass stand.
+_NO_FIELD = (
+  (r"Field (\w+) not found on dataclass <class '([\w.]+)'>", 1, 2),
+  (r"Attribute <class '([\w.]+)'>\.(\w+) does not exist", 2, 1),
+)
 
 
 def run(
@@ -72,11 +81,25 @@ def _parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except Exception as error:  # config_flags runs the config file, which may raise anything.
     config = next((f" ({arg})" for arg in argv if arg.startswith("--config=")), "")
-    kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
-    mend = "see --help, and gemjax/config/ for the fields"
-    if "dict[" in str(error):
-      mend = "a dict is set in a config file"
-    _fail(2, f"wrong flags{config}: {kind}{_sentence(error)}; {mend}")
+    _fail(2, f"wrong flags{config}: {_told(error, argv)}")
+
+
+def _told(error: Exception, argv: list[str]) -> str:
+  """What is wrong with the flags, and the mend; config_flags has classes and keys for it."""
+  text = _sentence(error)
+  for form, name, of in _NO_FIELD:
+    if found := re.search(form, text):
+      kind = pydoc.locate(found[of])
+      fields = ", ".join(field.name for field in dataclasses.fields(kind))
+      return f"{kind.__name__} has no field {found[name]!r}; it has {fields}"
+  if "ambiguous type" in text:
+    return "which model it is cannot be a flag; set it in a config file, by a variant for example"
+  in_dict = isinstance(error, KeyError) and any(f".{error.args[0]}=" in arg for arg in argv)
+  if "dict[" in text or in_dict:
+    return f"{text}; a dict is set in a config file"
+  kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
+  see = ", and gemjax/config/ for the fields" if "config" in flags.FLAGS else ""
+  return f"{kind}{text}; see --help{see}"
 
 
 def _guarded(

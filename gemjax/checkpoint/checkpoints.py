@@ -197,7 +197,9 @@ class Checkpoints:
     if step is None:
       return steps[-1]
     if step not in steps:
-      raise CheckpointError(f"{self._directory} has no checkpoint of step {step}, only of {steps}")
+      raise CheckpointError(
+        f"{self._directory} has no checkpoint of step {step}, only of {steps}; name one of them"
+      )
     return step
 
   def _read(self, step: int, like: Any) -> tuple[Any, str]:

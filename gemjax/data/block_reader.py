@@ -29,6 +29,11 @@ class BlockReader:
     self.sizes = np.array([n for blocks in found.blocks for n in blocks])
     self.stores = [Store(data.path, h, data.histories[h.name]) for h in data.features.history]
 
+  def check_files(self) -> None:
+    """Raises CorruptBlockError unless every file holds as many blocks as the manifest says."""
+    for file in range(len(self._files)):
+      self._reader(file)
+
   def read(self, block: int) -> Columns:
     """Columns `dense`, `ids`, `label`, `group`, `oracle`, the jagged ones and those of histories.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import http.client
@@ -82,6 +83,7 @@ def download(
   unpacked = pathlib.Path(folder) / name.removesuffix(".zip")
   if not unpacked.exists():
     address = f"{base.rstrip('/')}/{name}" if base else archive.address
+    made = not unpacked.parent.exists()
     try:
       unpacked.parent.mkdir(parents=True, exist_ok=True)
       file = unpacked.with_name(name)
@@ -100,6 +102,10 @@ def download(
         f"writing the download to {folder} failed: {error.strerror or error}; "
         "free the disk or name another --input"
       ) from error
+    finally:
+      if made:
+        with contextlib.suppress(OSError):  # Not empty: it has what was asked for.
+          unpacked.parent.rmdir()
   return next(p.parent for p in sorted(unpacked.rglob(archive.holds)))
 
 

@@ -7,6 +7,8 @@ of 8 bytes for every row.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ _PUBLIC: dict[str, tuple[Callable[[pathlib.Path], Source], Callable[[pathlib.Pat
   "criteo-1tb": (public.criteo_1tb, public.is_criteo_1tb),
 }
 DATASETS = (*_PUBLIC, "table")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def recognise(path: str | os.PathLike) -> str | None:
@@ -70,8 +73,8 @@ def prepare(
     source = _PUBLIC[dataset][0](path)
   schema = source.schema.encoded(hash_rows=hash_rows, min_count=min_count)
   try:
-    with PreparedWriter(output) as writer:
-      rule = _Split(source, schema, progress)
+    with PreparedWriter(output) as writer, contextlib.ExitStack() as bars:
+      rule = _Split(source, schema, bars if progress else None)
       train = (chunk for _, chunk in rule.chunks("fit", ["train"]))
       encoder = fit(schema, train, lambda history: rule.events("fit", history))
       for history in encoder.features.history:
@@ -105,9 +108,10 @@ def prepare(
       return writer.finish(encoder.features, vocabularies=encoder.vocabularies, origin=origin)
   except OSError as error:
     if error.strerror:  # From the system, not one of our sentences.
+      mend = "free the disk or " if error.errno in _FULL else ""
       raise OSError(
         f"writing the prepared data to {output} failed: {error.strerror}; "
-        "free the disk or name another --output"
+        f"{mend}name another --output"
       ) from error
     raise
 
@@ -118,10 +122,13 @@ class _Split:
   Unless the files are split already, each row has a key and goes to train below the first of two
   cuts, to test from the second on: its number (`order`), its time (`time`, so that equal times
   never part) or mix(number + seed) / 2^64 (`random`).
+
+  `bars` closes the progress bars, of which there are none without it: what reads may be left in the
+  middle of a file, and then the bar must not follow the sentence that says why.
   """
 
-  def __init__(self, source: Source, schema: Schema, progress: bool):
-    self._source, self._schema, self._progress = source, schema, progress
+  def __init__(self, source: Source, schema: Schema, bars: contextlib.ExitStack | None):
+    self._source, self._schema, self._bars = source, schema, bars
     train, valid, _ = schema.split.fractions
     cuts = np.array([train, train + valid])
     if schema.split.by in ("order", "time"):
@@ -167,9 +174,11 @@ class _Split:
     self, title: str, files: Sequence[tuple[str, Reader]], columns: Sequence[str]
   ) -> Iterator[tuple[str, Chunk]]:
     total = sum(f.size for _, f in files)
-    with tqdm.tqdm(
-      total=total, desc=title, unit="B", unit_scale=True, disable=not self._progress
-    ) as bar:
+    hidden = self._bars is None
+    bar = tqdm.tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden)
+    if self._bars is not None:
+      self._bars.callback(bar.close)
+    with bar:
       for split, file in files:
         for chunk in file.chunks(columns):
           yield split, chunk

@@ -61,7 +61,9 @@ class PreparedData:
 
   def split(self, name: str) -> Split:
     if name not in self.splits:
-      raise PreparedDataError(f"{self.path} has no split {name!r}, only {sorted(self.splits)}")
+      raise PreparedDataError(
+        f"{self.path} has no split {name!r}, only {sorted(self.splits)}; name one of them"
+      )
     split = self.splits[name]
     if not split.examples:
       raise PreparedDataError(f"split {name!r} of {self.path} is empty; prepare it again")
@@ -76,8 +78,8 @@ def open_prepared(path: str | os.PathLike) -> PreparedData:
   file = path / MANIFEST
   if not file.is_file():
     raise PreparedDataError(
-      f"{path} is no prepared data set (no {MANIFEST}); make one with "
-      f"`python launch/prepare.py --dataset=NAME --input=PATH --output={path}`"
+      f"{path} is no prepared data set (no {MANIFEST}); prepare what it holds, if it is data, "
+      f"with `python launch/prepare.py --dataset=NAME --input={path} --output=DIR` and name DIR"
     )
   try:
     tree = json.loads(file.read_text())

@@ -107,12 +107,19 @@ class TextFile:
       raise RawDataError(
         f"{self.path} is a corrupt gzip file ({_reason(error)}); fetch or compress it again"
       ) from error
-    except (OSError, EOFError) as error:
-      raise RawDataError(f"{self.path} cannot be read: {_reason(error)}") from error
-    if line == (1 if self.names else 2):
-      raise RawDataError(f"{self.path} has a header, but no rows below it; give it rows")
+    except EOFError as error:
+      raise RawDataError(
+        f"{self.path} is a truncated gzip file; fetch or compress it again"
+      ) from error
+    except OSError as error:
+      raise RawDataError(
+        f"{self.path} cannot be read ({_reason(error)}); make it readable or name another"
+      ) from error
     if line == 1:
-      raise RawDataError(f"{self.path} is empty; give it a header line and rows")
+      wanted = "rows" if self.names else "a header line and rows"
+      raise RawDataError(f"{self.path} is empty; give it {wanted}")
+    if line == 2 and not self.names:
+      raise RawDataError(f"{self.path} has a header, but no rows below it; give it rows")
 
   def _header(self, line: str) -> tuple[str, ...]:
     text, delimiter = _single(line.removesuffix("\r"), self.delimiter)
@@ -213,7 +220,9 @@ def check_columns(path: pathlib.Path, names: Sequence[str], wanted: Sequence[str
     raise RawDataError(f"{path}: column names must be unique, but {twice} come twice; rename them")
   for name in wanted:
     if name not in names:
-      raise RawDataError(f"{path} has no column {name!r}, only {names}")
+      raise RawDataError(
+        f"{path} has no column {name!r}, only {names}; mend its header or the schema"
+      )
 
 
 def existing(path: str | os.PathLike) -> pathlib.Path:

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from gemjax import config as config_lib
+from gemjax.data.block_reader import BlockReader
 from gemjax.data.pipeline import evaluation_batches, train_batches
 from gemjax.data.prepared import PreparedData
 from gemjax.parallel.arrays import first_process_first
@@ -45,12 +46,12 @@ def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
   """The parts of the run of `folder`, which is its own from here on.
 
   Raises:
-    ConfigError, PreparedDataError, WorkdirError: before the folder is touched.
+    ConfigError, PreparedDataError, CorruptBlockError, WorkdirError: before the folder is touched.
   """
   with phases("data", endless=True):  # A raw set of terabytes may have to be prepared.
     data = first_process_first("data", open_data, config, folder.path)
     for split in ("train", "valid", "test"):
-      data.split(split)
+      BlockReader(data, split).check_files()
   with phases("trainer"):
     batch = config.data.batch_size
     epochs = config.train.epochs * data.split("train").examples / batch

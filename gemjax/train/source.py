@@ -59,6 +59,12 @@ def open_data(
 
   dataset = recognise(path)
   if dataset is None:
+    if os.path.exists(path):
+      raise PreparedDataError(
+        f"{path} is no prepared data set (no {MANIFEST}), nor a public one whose files are "
+        f"all there and whole; `python launch/prepare.py --dataset=NAME --input={path} "
+        "--output=DIR` says what is wrong, or prepares it: then name DIR"
+      )
     return open_prepared(path)  # Says what is wrong with it.
   print(f"preparing {dataset} from {path}", flush=True)
   return prepare(dataset, path, made)

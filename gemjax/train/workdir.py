@@ -39,7 +39,9 @@ class Workdir:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = (self.path / LOCK).open("w")
     except OSError as error:
-      raise WorkdirError(f"{self.path} cannot be written ({error.strerror})") from error
+      raise WorkdirError(
+        f"{self.path} cannot be written ({error.strerror}); name another --workdir"
+      ) from error
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -96,6 +96,9 @@ def test_wrong_checksum(server, tmp_path):
 def test_not_found(server, tmp_path):
   server.answer = (404, b"no", None)
   fails(server, tmp_path, "answers 404 Not Found")
+  with pytest.raises(DownloadError):  # A folder that it made goes, too.
+    download("movielens-100k", tmp_path / "new", base=server.base, timeout=5)
+  assert names(tmp_path) == []
 
 
 def test_connection_dropped_half_way(server, tmp_path):
@@ -186,7 +189,7 @@ def test_what_is_published_is_checked_by_the_binary(server, tmp_path):
   assert result.returncode == 1 and "Traceback" not in result.stderr
   assert f"has {len(GOOD)} bytes, but 5917549 are right" in result.stderr
   assert server.asked == ["/some/where/ml-1m.zip"]
-  assert names(tmp_path) == ["raw"]
+  assert names(tmp_path) == []
 
 
 def test_every_address_is_https_and_every_archive_has_a_checksum():

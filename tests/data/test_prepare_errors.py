@@ -76,6 +76,24 @@ def test_output_taken_or_unwritable(tmp_path):
     assert "name another --output" in fails(tmp_path, GOOD, out=out)
 
 
+def test_a_file_without_a_header_is_empty(tmp_path):
+  (tmp_path / "train.txt").write_bytes(b"")
+  with pytest.raises(ValueError, match=r"train.txt is empty; give it rows$"):
+    prepare("criteo-kaggle", tmp_path, tmp_path / "out", progress=False)
+
+
+def test_no_bar_follows_the_sentence(tmp_path):
+  flags = flags_for(tmp_path)
+  text = (tmp_path / "in.csv").read_text().split("\n")
+  text[7] = "1,tall,3"
+  (tmp_path / "in.csv").write_text("\n".join(text))
+  process = launch(*flags)
+  _, error = process.communicate(timeout=60)
+  assert process.returncode == 1
+  last = error.removesuffix("\n").split("\n")[-1]
+  assert last.startswith("error: ") and "'tall'" in last and "\r" not in last, error
+
+
 def test_disk_full_in_the_middle(tmp_path, monkeypatch):
   def write(self, split, columns):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

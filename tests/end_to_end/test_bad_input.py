@@ -12,7 +12,7 @@ from bad import flip, refuses, sentence, truncate
 from gemjax import config as c
 from gemjax.data.prepared import MANIFEST, checksum
 from gemjax.train.loop import train
-from gemjax.train.workdir import SUMMARY, saved_steps
+from gemjax.train.workdir import RUN, SUMMARY, saved_steps
 
 GOOD = f"--config={tiny.FILE}"
 GEM = f"--config={pathlib.Path(__file__).parents[2] / 'configs' / 'gem_movielens.py'}"
@@ -36,8 +36,10 @@ FLAGS = [
   ([f"{GEM}:no_gem", "--workdir=W"], ["gem_movielens.py:no_gem): variant 'no_gem' is none of"]),
   ([GOOD], ["--workdir is missing"]),
   ([GOOD, "--workdir="], ["--workdir is missing"]),
-  ([GOOD, "--workdir=W", "--config.train.sed=1"], ["Field sed", "Train", "gemjax/config/"]),
-  ([GOOD, "--workdir=W", "--config.trian.seed=1"], ["trian.seed", "Config"]),
+  ([GOOD, "--workdir=W", "--config.train.sed=1"], ["Train has no field 'sed'", "seed"]),
+  ([GOOD, "--workdir=W", "--config.trian.seed=1"], ["Config has no field 'trian'", "train"]),
+  ([GOOD, "--workdir=W", "--config.model=dlrm"], ["cannot be a flag", "config file"]),
+  ([GOOD, "--workdir=W", "--config.embedding.units.item=2"], ["'item'", "config file"]),
   ([GOOD, "--workdir=W", "--config.train.seed=one"], ["--config.train.seed=one", "'one'"]),
   ([GOOD, "--workdir=W", "--config.data.batch_size=0.5"], ["--config.data.batch_size=0.5"]),
   ([GOOD, "--workdir=W", "--config.model.head=(8,'x')"], ["head is (8, 'x')", "whole numbers"]),
@@ -126,6 +128,8 @@ def spoil_manifest(folder, change, *, sealed=True):
 
 
 TRAIN = "train-00000.array_record"
+VALID = TRAIN.replace("train", "valid")
+TEST = TRAIN.replace("train", "test")
 DATA = {
   "no such folder": (shutil.rmtree, ["data is no prepared", "launch/prepare.py"]),
   "no manifest": (lambda d: (d / MANIFEST).unlink(), ["data is no prepared", MANIFEST]),
@@ -156,6 +160,8 @@ DATA = {
   "block file missing": (lambda d: (d / TRAIN).unlink(), [TRAIN, "missing", "prepare again"]),
   "block file empty": (lambda d: (d / TRAIN).write_bytes(b""), [TRAIN, "prepare again"]),
   "block file truncated": (lambda d: truncate(d / TRAIN), [TRAIN, "corrupt", "prepare again"]),
+  "test file truncated": (lambda d: truncate(d / TEST), [TEST, "corrupt", "prepare again"]),
+  "valid file empty": (lambda d: (d / VALID).write_bytes(b""), [VALID, "prepare again"]),
   "block file flipped": (lambda d: flip(d / TRAIN, 1000), [TRAIN, "corrupt", "prepare again"]),
   "valid file swapped": (
     lambda d: shutil.copy(d / TRAIN, d / TRAIN.replace("train", "valid")),
@@ -172,6 +178,22 @@ def test_a_spoiled_data_folder(case, config, data, tmp_path, capsys):
   config.data.path = str(tmp_path / "data")
   refuses(capsys, config, tmp_path / "run", *words)
   assert not (tmp_path / "run" / SUMMARY).exists()
+  if case in ("block file truncated", "test file truncated", "valid file empty"):
+    assert not (tmp_path / "run" / RUN).exists(), "work was done before files were looked at"
+
+
+def test_raw_data_of_which_a_file_is_broken(config, tmp_path, capsys):
+  """It is told from a public set by what is in the files: preparing says which is broken."""
+  config.data.path = str(tmp_path / "raw")
+  (tmp_path / "raw").mkdir()
+  (tmp_path / "raw" / "part.parquet").write_bytes(b"PAR1 cut off")
+  words = (
+    f"{tmp_path / 'raw'} is no prepared data set",
+    "all there and whole",
+    "--dataset=NAME",
+    "--output=DIR",
+  )
+  refuses(capsys, config, tmp_path / "run", *words)
 
 
 def columns(name, value):
