@@ -18,7 +18,8 @@ from flax import nnx
 from gemjax.layers.dropout import Key, fold
 from gemjax.layers.linear import KERNEL, contract, kernel_init, side_by_side
 from gemjax.layers.mlp import Mlp
-from gemjax.layers.norm import computed_once, written_once
+from gemjax.layers.norm import written_once
+from pallas_kernels.once import computed_once
 
 GROUPS = 16  # Of examples, in which gradients of a map over units are summed.
 TERMS = 16  # Most that a sum may have instead of a product of matrices,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from gemjax.layers.linear import on_cpu_inner_first
+from pallas_kernels.once import computed_once
 
 EPS = 1e-6
 
@@ -150,19 +149,6 @@ def written_once(x: jax.Array, *, kept: bool = False) -> jax.Array:
   )
   other = jax.lax.optimization_barrier if kept else lambda x: x
   return jax.lax.platform_dependent(x, cpu=held, default=other)
-
-
-def computed_once(f: Callable) -> Callable:
-  """f of arrays, element-wise or a reduction, which XLA for CPUs shall compute once and as it
-  stands: not joined to what makes its arguments, nor to what reads its result, for each of which it
-  would compute it anew.
-  """
-
-  def called(*args):
-    with set_xla_metadata(inlineable="false"):
-      return jax.jit(f)(*args)
-
-  return lambda *args: jax.lax.platform_dependent(*args, cpu=called, default=f)
 
 
 def _along(axis: int, vector: jax.Array, x: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gemjax.layers.norm import LayerNorm, computed_once
+from gemjax.layers.norm import LayerNorm
+from pallas_kernels.once import computed_once
 
 X = np.random.default_rng(0).normal(2.0, 3.0, (5, 4, 6)).astype(np.float32)
 
