@@ -88,13 +88,15 @@ def _told(error: Exception, argv: list[str]) -> str:
   """What is wrong with the flags, and the mend; config_flags has classes and keys for it."""
   text = _sentence(error)
   for form, name, of in _NO_FIELD:
-    if found := re.search(form, text):
-      kind = pydoc.locate(found[of])
+    found = re.search(form, text)
+    kind = found and pydoc.locate(found[of])
+    if dataclasses.is_dataclass(kind):
       fields = ", ".join(field.name for field in dataclasses.fields(kind))
       return f"{kind.__name__} has no field {found[name]!r}; it has {fields}"
   if "ambiguous type" in text:
     return "which model it is cannot be a flag; set it in a config file, by a variant for example"
-  in_dict = isinstance(error, KeyError) and any(f".{error.args[0]}=" in arg for arg in argv)
+  paths = [arg.partition("=")[0] for arg in argv if arg.startswith("--config.")]
+  in_dict = isinstance(error, KeyError) and any(str(error.args[0]) in path for path in paths)
   if "dict[" in text or in_dict:
     return f"{text}; a dict is set in a config file"
   kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "

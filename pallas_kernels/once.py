@@ -9,9 +9,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def computed_once(f: Callable) -> Callable:
-  """f of arrays, element-wise or a reduction, which XLA for CPUs shall compute once and as it
-  stands: not joined to what makes its arguments, nor to what reads its result, for each of which it
-  would compute it anew.
+  """f of arrays, element-wise, a reduction or a gather, which XLA for CPUs shall compute once and
+  as it stands: not joined to what makes its arguments, nor to what reads its result, for each of
+  which it would compute it anew. Nor is a call within f joined, such as `jnp.where` is.
   """
 
   def called(*args):

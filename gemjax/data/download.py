@@ -83,7 +83,7 @@ def download(
   unpacked = pathlib.Path(folder) / name.removesuffix(".zip")
   if not unpacked.exists():
     address = f"{base.rstrip('/')}/{name}" if base else archive.address
-    made = not unpacked.parent.exists()
+    made = [f for f in (unpacked.parent, *unpacked.parent.parents) if not f.exists()]
     try:
       unpacked.parent.mkdir(parents=True, exist_ok=True)
       file = unpacked.with_name(name)
@@ -103,9 +103,9 @@ def download(
         "free the disk or name another --input"
       ) from error
     finally:
-      if made:
-        with contextlib.suppress(OSError):  # Not empty: it has what was asked for.
-          unpacked.parent.rmdir()
+      with contextlib.suppress(OSError):  # Not empty: it has what was asked for.
+        for folder_made in made:
+          folder_made.rmdir()
   return next(p.parent for p in sorted(unpacked.rglob(archive.holds)))
 
 

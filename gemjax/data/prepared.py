@@ -76,6 +76,11 @@ def open_prepared(path: str | os.PathLike) -> PreparedData:
   """
   path = pathlib.Path(path)
   file = path / MANIFEST
+  if not path.exists():
+    raise PreparedDataError(
+      f"{path} is no prepared data set, it does not exist; name one, or make it with "
+      f"`python launch/prepare.py --dataset=NAME --input=PATH --output={path}`"
+    )
   if not file.is_file():
     raise PreparedDataError(
       f"{path} is no prepared data set (no {MANIFEST}); prepare what it holds, if it is data, "

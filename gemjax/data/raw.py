@@ -103,7 +103,7 @@ class TextFile:
           line += len(frame)
           yield Chunk(frame, rows_B, self.path, "line", raw.tell() - read)
           read = raw.tell()
-    except zlib.error as error:
+    except (zlib.error, gzip.BadGzipFile) as error:
       raise RawDataError(
         f"{self.path} is a corrupt gzip file ({_reason(error)}); fetch or compress it again"
       ) from error

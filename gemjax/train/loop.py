@@ -36,7 +36,7 @@ def train(
   `phases` has what came before, as seconds of imports, and knows the other processes of the run.
 
   Raises:
-    ConfigError, PreparedDataError, WorkdirError: before any work.
+    ConfigError, PreparedDataError, CorruptBlockError, WorkdirError: before any work.
     CheckpointError: a checkpoint cannot be read or written.
     NonFiniteError: with step, learning rate and part; the last checkpoint is from before.
     Terminated: SIGTERM came; a checkpoint of the last step is saved.

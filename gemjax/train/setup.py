@@ -96,7 +96,7 @@ def compile_ahead(
   Nothing is trained. Larger batches than the first may need further programs.
 
   Raises:
-    ConfigError, PreparedDataError, WorkdirError: before any work.
+    ConfigError, PreparedDataError, CorruptBlockError, WorkdirError: before any work.
   """
   config.validate()
   if config.compilation.cache == "off":

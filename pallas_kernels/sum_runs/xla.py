@@ -12,9 +12,9 @@ from pallas_kernels.once import computed_once
 
 
 def sum_runs(x_NW: jax.Array, order_N: jax.Array, segment_N: jax.Array, *, count: int):
-  """Others where they stand: a copy of x in another order would make XLA for CPUs do what x comes
-  from anew, float by float, in that order. On a GPU the additions are atomic: not the same bits in
-  every run.
+  """The first entry of a run is copied, the others are added to it where they stand: a copy of x in
+  another order would make XLA for CPUs do what x comes from anew, float by float, in that order. On
+  a GPU the additions are atomic: not the same bits in every run.
   """
   x_NW = x_NW.astype(jnp.promote_types(x_NW.dtype, jnp.float32))
   first_N = jnp.concatenate([jnp.ones((1,), bool), segment_N[1:] != segment_N[:-1]])

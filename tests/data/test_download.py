@@ -97,7 +97,7 @@ def test_not_found(server, tmp_path):
   server.answer = (404, b"no", None)
   fails(server, tmp_path, "answers 404 Not Found")
   with pytest.raises(DownloadError):  # A folder that it made goes, too.
-    download("movielens-100k", tmp_path / "new", base=server.base, timeout=5)
+    download("movielens-100k", tmp_path / "new" / "raw", base=server.base, timeout=5)
   assert names(tmp_path) == []
 
 

@@ -40,6 +40,8 @@ FLAGS = [
   ([GOOD, "--workdir=W", "--config.trian.seed=1"], ["Config has no field 'trian'", "train"]),
   ([GOOD, "--workdir=W", "--config.model=dlrm"], ["cannot be a flag", "config file"]),
   ([GOOD, "--workdir=W", "--config.embedding.units.item=2"], ["'item'", "config file"]),
+  ([GOOD, "--workdir=W", "--config.embedding.units.item.x=2"], ["'item'", "config file"]),
+  ([GOOD, "--workdir=W", "--config.train.seed.x=2"], ["seed.x", "gemjax/config/"]),
   ([GOOD, "--workdir=W", "--config.train.seed=one"], ["--config.train.seed=one", "'one'"]),
   ([GOOD, "--workdir=W", "--config.data.batch_size=0.5"], ["--config.data.batch_size=0.5"]),
   ([GOOD, "--workdir=W", "--config.model.head=(8,'x')"], ["head is (8, 'x')", "whole numbers"]),
@@ -131,7 +133,7 @@ TRAIN = "train-00000.array_record"
 VALID = TRAIN.replace("train", "valid")
 TEST = TRAIN.replace("train", "test")
 DATA = {
-  "no such folder": (shutil.rmtree, ["data is no prepared", "launch/prepare.py"]),
+  "no such folder": (shutil.rmtree, ["data is no prepared", "not exist", "launch/prepare.py"]),
   "no manifest": (lambda d: (d / MANIFEST).unlink(), ["data is no prepared", MANIFEST]),
   "manifest truncated": (
     lambda d: truncate(d / MANIFEST),
