@@ -22,6 +22,7 @@ from gemjax.parallel.peers import TOLD
 from gemjax.parallel.process import set_up_process
 from gemjax.train.termination import Terminated
 
+_DICTS = ("embedding.units", "embedding.placement", "train.task_weights")
 # Forms of config_flags, and where in them the field and its dataclass stand.
 _NO_FIELD = (
   (r"Field (\w+) not found on dataclass <class '([\w.]+)'>", 1, 2),
@@ -95,10 +96,9 @@ def _told(error: Exception, argv: list[str]) -> str:
       return f"{kind.__name__} has no field {found[name]!r}; it has {fields}"
   if "ambiguous type" in text:
     return "which model it is cannot be a flag; set it in a config file, by a variant for example"
-  paths = [arg.partition("=")[0] for arg in argv if arg.startswith("--config.")]
-  in_dict = isinstance(error, KeyError) and any(str(error.args[0]) in path for path in paths)
-  if "dict[" in text or in_dict:
-    return f"{text}; a dict is set in a config file"
+  for name in _DICTS:
+    if any(re.match(rf"--config\.{name}\b", arg) for arg in argv):
+      return f"config.{name} is a dict, which no flag can set; set it in a config file"
   kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
   see = ", and gemjax/config/ for the fields" if "config" in flags.FLAGS else ""
   return f"{kind}{text}; see --help{see}"

@@ -74,7 +74,7 @@ def prepare(
   schema = source.schema.encoded(hash_rows=hash_rows, min_count=min_count)
   try:
     with PreparedWriter(output) as writer, contextlib.ExitStack() as bars:
-      rule = _Split(source, schema, bars if progress else None)
+      rule = _Split(source, schema, progress, bars)
       train = (chunk for _, chunk in rule.chunks("fit", ["train"]))
       encoder = fit(schema, train, lambda history: rule.events("fit", history))
       for history in encoder.features.history:
@@ -123,12 +123,12 @@ class _Split:
   cuts, to test from the second on: its number (`order`), its time (`time`, so that equal times
   never part) or mix(number + seed) / 2^64 (`random`).
 
-  `bars` closes the progress bars, of which there are none without it: what reads may be left in the
-  middle of a file, and then the bar must not follow the sentence that says why.
+  `bars` closes progress bars: what reads may be left in the middle of a file, and then its bar must
+  not follow the sentence that says why.
   """
 
-  def __init__(self, source: Source, schema: Schema, bars: contextlib.ExitStack | None):
-    self._source, self._schema, self._bars = source, schema, bars
+  def __init__(self, source: Source, schema: Schema, progress: bool, bars: contextlib.ExitStack):
+    self._source, self._schema, self._progress, self._bars = source, schema, progress, bars
     train, valid, _ = schema.split.fractions
     cuts = np.array([train, train + valid])
     if schema.split.by in ("order", "time"):
@@ -174,10 +174,9 @@ class _Split:
     self, title: str, files: Sequence[tuple[str, Reader]], columns: Sequence[str]
   ) -> Iterator[tuple[str, Chunk]]:
     total = sum(f.size for _, f in files)
-    hidden = self._bars is None
-    bar = tqdm.tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=hidden)
-    if self._bars is not None:
-      self._bars.callback(bar.close)
+    off = not self._progress
+    bar = tqdm.tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=off)
+    self._bars.callback(bar.close)
     with bar:
       for split, file in files:
         for chunk in file.chunks(columns):
