@@ -5,6 +5,8 @@ Letters: B examples, E slots for events, N shards.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from gemjax.data.blocks import Columns
@@ -18,47 +20,45 @@ def make_batch(
   features: FeatureSet,
   stores: list[Store],
   *,
+  places: np.ndarray,
   rows: int,
   shards: int,
   capacities: dict[str, int],
 ) -> Batch:
-  """The examples of `columns` and padding up to `rows`, in `shards` parts of so many slots.
+  """The examples of `columns` at `places`, which rise, of so many rows, and padding at others, in
+  `shards` parts of so many slots.
 
   `<name>.lengths` says how many events each example has of a sequence or sees of a history.
   """
   words = split_words if features.wide else lambda ids: ids
+  put = functools.partial(_put, places, rows)
   sequences, histories = {}, {}
   for f in features.sequence:
-    lengths_B = _pad(columns[f"{f.name}.lengths"], rows)
+    lengths_B = put(columns[f"{f.name}.lengths"])
     values_E = _pack(columns[f"{f.name}.values"], lengths_B, shards, capacities[f.name])
     sequences[f.name] = Jagged(values_E=words(values_E), lengths_B=lengths_B)
   for store in stores:
     name = store.history.name
-    past = (_pad(columns[c], rows) for c in (f"{name}.stop", f"{name}.lengths", "time"))
+    past = (put(columns[c]) for c in (f"{name}.stop", f"{name}.lengths", "time"))
     histories[name] = store.batch(*past, shards, capacities[name], words)
   return Batch(
-    dense_BF=_pad(columns["dense"], rows),
-    ids_BS=words(_pad(columns["ids"], rows)),  # Filled up with 0, which is MISSING.
-    label_BT=_pad(columns["label"].astype(np.float32), rows),
-    weight_B=_pad(np.ones(examples(columns), np.float32), rows),
-    group_B=_pad(columns["group"], rows, fill=-1),
-    oracle_BT=_pad(columns["oracle"], rows),
+    dense_BF=put(columns["dense"]),
+    ids_BS=words(put(columns["ids"])),  # Elsewhere 0, which is MISSING.
+    label_BT=put(columns["label"].astype(np.float32)),
+    weight_B=put(np.ones(examples(columns), np.float32)),
+    group_B=put(columns["group"], fill=-1),
+    oracle_BT=put(columns["oracle"]),
     sequences=sequences,
     histories=histories,
   )
 
 
-def most_events(lengths_B: np.ndarray, rows: int, shards: int) -> int:
-  """Events of the shard that has most, of a batch of `rows` with padding."""
-  return int(_pad(lengths_B, rows).reshape(shards, -1).sum(1).max())
-
-
-def _pad(x: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
-  """`x` with rows of `fill` behind it."""
+def _put(places: np.ndarray, rows: int, x: np.ndarray, fill: int = 0) -> np.ndarray:
+  """`x` at its places, and `fill` in the other rows."""
   if len(x) == rows:
     return x
   out = np.full((rows, *x.shape[1:]), fill, x.dtype)
-  out[: len(x)] = x
+  out[places] = x
   return out
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from gemjax.features import Batch, Events, Jagged
+from gemjax.features import Batch, Jagged
 from gemjax.parallel.arrays import to_devices
 
 
 class Feed:
   """`upcoming` is the batch that `advance` returns; both are global arrays.
 
-  The event capacity of a sequence or history never shrinks, so that few programs are compiled: one
-  for each new capacity, and one for the step in which it grows, or two where rows are read ahead.
+  Batches come in few shapes, each of which is a program: histories have the slots that the pipeline
+  gave them, those of a sequence never shrink. The step between two shapes is a program of its own,
+  where rows are read ahead it is two.
 
   Args:
     batches: This process' batches, with `get_state` and `set_state`.
@@ -65,7 +66,7 @@ class Feed:
 
   @property
   def programs(self) -> int:
-    """How many shapes the batches had so far: more than one says that capacities grew."""
+    """How many shapes the batches had so far."""
     return len(self._seen)
 
   def padding(self) -> float:
@@ -79,20 +80,17 @@ class Feed:
       name: Jagged(self._with_room(name, jagged.values_E), jagged.lengths_B)
       for name, jagged in batch.sequences.items()
     }
-    histories = {
-      name: Events(*(self._with_room(name, x) for x in events[:2]), events.lengths_B)
-      for name, events in batch.histories.items()
-    }
-    for events in histories.values():
+    for events in batch.histories.values():
       self._used += int(events.lengths_B.sum())
       self._room += len(events.age_E)
-    self._seen.add(tuple(self._capacities.items()))
-    return batch._replace(sequences=sequences, histories=histories)
+    rooms = {name: len(events.age_E) for name, events in batch.histories.items()}
+    self._seen.add(tuple((rooms | self._capacities).items()))
+    return batch._replace(sequences=sequences)
 
-  def _with_room(self, name: str, x_E: np.ndarray) -> np.ndarray:
-    """`x_E` with as many slots a shard as any batch so far has had."""
-    events = len(x_E) // self._shards
+  def _with_room(self, name: str, values_E: np.ndarray) -> np.ndarray:
+    """With as many slots a shard as any batch so far has had."""
+    events = len(values_E) // self._shards
     capacity = self._capacities[name] = max(events, self._capacities.get(name, 0))
-    x_NE = x_E.reshape(self._shards, events, *x_E.shape[1:])
+    x_NE = values_E.reshape(self._shards, events, *values_E.shape[1:])
     x_NE = np.pad(x_NE, [(0, 0), (0, capacity - events)] + [(0, 0)] * (x_NE.ndim - 2))
-    return x_NE.reshape(-1, *x_E.shape[1:])
+    return x_NE.reshape(-1, *values_E.shape[1:])

@@ -221,7 +221,7 @@ class _Run:
     return state._replace(sums=self.programs.no_sums())
 
   def _results(self, state: TrainState, split: str) -> dict[str, dict[str, Any]]:
-    batches = evaluation(self.config, self.setup, split)
+    batches = evaluation(self.config, self.data, self.mesh, split)
     try:
       batches = self.peers.phases(f"evaluation on {split}", batches)
       return evaluate(self.programs.predict, state, batches, self.data.features)

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from gemjax import config as config_lib
+from gemjax.data.batches import Cost
 from gemjax.data.block_reader import BlockReader
 from gemjax.data.pipeline import evaluation_batches, train_batches
 from gemjax.data.prepared import PreparedData
@@ -69,7 +70,7 @@ def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
       seed=config.train.seed,
       window_blocks=config.data.window_blocks,
       history_length=config.data.history,
-      cost=functools.partial(example_cost, config) if data.features.history else None,
+      cost=_cost(config, data),
       **part_of_process(mesh),
     )
     # What can be refused has been refused: from here on the folder is this run's.
@@ -111,16 +112,23 @@ def compile_ahead(
       phases.peers.phase("compile the step")
       run.programs.prepare(batch, upcoming)
       phases.peers.phase("compile evaluation")
-      run.programs.prepare_to_predict(next(iter(evaluation(config, run, "valid"))))
+      run.programs.prepare_to_predict(next(iter(evaluation(config, run.data, run.mesh, "valid"))))
     return time.perf_counter() - start
 
 
-def evaluation(config: config_lib.Config, run: Setup, split: str):
-  """This process' batches of a split, in file order."""
+def evaluation(config: config_lib.Config, data: PreparedData, mesh: Mesh, split: str):
+  """This process' batches of a split, each example once."""
   return evaluation_batches(
-    run.data,
+    data,
     split,
     batch_size=config.data.eval_batch_size,
+    window_blocks=config.data.window_blocks,
     history_length=config.data.history,
-    **part_of_process(run.mesh),
+    cost=_cost(config, data),
+    **part_of_process(mesh),
   )
+
+
+def _cost(config: config_lib.Config, data: PreparedData) -> Cost | None:
+  """Of an example's events, if it has any."""
+  return functools.partial(example_cost, config) if data.features.history else None

@@ -9,11 +9,11 @@ import jax
 
 from gemjax import config as config_lib
 from gemjax.checkpoint import Checkpoints
-from gemjax.data.pipeline import evaluation_batches
 from gemjax.data.prepared import PreparedData, open_prepared
-from gemjax.train.devices import open_mesh, part_of_process
+from gemjax.train.devices import open_mesh
 from gemjax.train.evaluate import evaluate
 from gemjax.train.programs import Programs
+from gemjax.train.setup import evaluation
 from gemjax.train.source import open_data
 from gemjax.train.state import TrainState, make_trainer
 from gemjax.train.workdir import CHECKPOINTS, RUN, WorkdirError, check_features, read_run
@@ -63,13 +63,7 @@ def evaluate_run(
   state: TrainState = checkpoints.restore(trainer.abstract(), step).state
   checkpoints.close()
   # On another number of devices, too; rows that fill up have weight 0.
-  batch_size = -(-config.data.eval_batch_size // mesh.size) * mesh.size
-  batches = evaluation_batches(
-    found,
-    split,
-    batch_size=batch_size,
-    history_length=config.data.history,
-    **part_of_process(mesh),
-  )
+  config.data.eval_batch_size = -(-config.data.eval_batch_size // mesh.size) * mesh.size
+  batches = evaluation(config, found, mesh, split)
   results = evaluate(Programs(trainer).predict, state, batches, found.features)
   return Evaluated(config.name, int(state.step), found, results)

@@ -1,11 +1,14 @@
 """What longer histories cost a step of GEM and what they tell it, and the price of empty slots.
 
 The model is that of configs/gem_movielens.py; for times every example has the same number of
-events, in batches of one size and the room that the pipeline gives them. Attention among events
-sees blocks of 256; over the whole history it sees one summary of eight events each. Times are
-medians of steps in turns. Padding is measured twice: "ragged" histories of 0 to 1,000 events, as
-many in all as 500 each, half of which a batch padded to its longest would waste; and "empty", a
-batch with as many empty slots as events, which the pipeline never makes.
+events, in batches of one size and with no empty slot. Attention among events sees blocks of 256;
+over the whole history it sees one summary of eight events each. Times are medians in turns.
+
+Padding is measured against the batch of 500 events each. "ragged" are histories of 0 to 1,000
+events, as many in all, half of which a batch padded to its longest would waste, dealt and given
+slots as by the pipeline. "half_full" is that batch of 500 events each, where batches of the run
+have twice as many as a rule, in the slots that the pipeline then gives it. "fifth_empty" has as
+many empty slots as the pipeline leaves at most, "empty" as many as events, which it never makes.
 
 NE is that of `launch/train.py --config=configs/gem_movielens.py --config.data.history=EVENTS` on
 ML-1M, seed 0, where GEMJAX_DATA is a folder that holds ml-1m; finished runs in GEMJAX_RUNS (default
@@ -24,16 +27,11 @@ import numpy as np
 from benchmarks import movielens
 from benchmarks.turns import jitted_step, stepper, take_turns
 
-from gemjax.features import (
-  HISTORY_STEPS,
-  Batch,
-  EventColumn,
-  Events,
-  FeatureSet,
-  History,
-  Sparse,
-  event_capacity,
-)
+from gemjax.data.balance import halves
+from gemjax.data.batches import MARGIN
+from gemjax.data.rooms import RATIO, Rooms
+from gemjax.features import Batch, EventColumn, Events, FeatureSet, History, Sparse
+from gemjax.train.cost import example_cost
 from gemjax.train.state import make_trainer
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "gem_movielens.py"
@@ -48,9 +46,7 @@ REPEATS = 7
 def run() -> dict[str, float]:
   """Seconds a step by events an example, the growth beside theirs, and the price of padding."""
   steps = {f"{length}": _step(length, np.full(BATCH, length)) for length in LENGTHS}
-  ragged_B = np.linspace(0, 2 * PADDED, BATCH).round().astype(int)
-  steps["ragged"] = _step(2 * PADDED, ragged_B)
-  steps["empty"] = _step(PADDED, np.full(BATCH, PADDED), slots=2 * BATCH * PADDED)
+  steps |= {kind: _step(*of) for kind, of in _padded().items()}
   seconds = take_turns(steps, "lengths", REPEATS)
   figures = {f"step_seconds_{name}_events": seconds[name] for name in map(str, LENGTHS)}
   told = _told()
@@ -61,7 +57,22 @@ def run() -> dict[str, float]:
   growth = seconds[f"{longest}"] / seconds[f"{before}"]
   return figures | {
     f"time_over_events_{before}_to_{longest}": growth / (longest / before),
-    **{f"{kind}_over_none": seconds[kind] / seconds[f"{PADDED}"] for kind in ("ragged", "empty")},
+    **{f"{kind}_over_none": seconds[kind] / seconds[f"{PADDED}"] for kind in _padded()},
+  }
+
+
+def _padded() -> dict[str, tuple[int, np.ndarray, int]]:
+  """Kind -> (longest history, events of each example, slots)."""
+  even_B, events = np.full(BATCH, PADDED), BATCH * PADDED
+  ragged_B = np.linspace(0, 2 * PADDED, BATCH).round().astype(int)
+  ragged_B = ragged_B[halves(example_cost(_config(2 * PADDED), {"rated": ragged_B}))]
+  # So many events are the most that a run of such batches has measured.
+  slots = lambda most: Rooms({"rated": int(most)}).of({"rated": events})["rated"]
+  return {
+    "ragged": (2 * PADDED, ragged_B, slots(events * (1 + MARGIN))),
+    "half_full": (PADDED, even_B, slots(2 * events)),
+    "fifth_empty": (PADDED, even_B, slots(events / RATIO - 1)),
+    "empty": (PADDED, even_B, 2 * events),
   }
 
 
@@ -94,14 +105,18 @@ def _draw(seconds: list[float], ne: list[float]) -> None:
   pyplot.savefig(RUNS / "history.png", dpi=150)
 
 
-def _step(longest: int, length_B: np.ndarray, *, slots: int = 0):
-  """A step of examples with so many events, by default in the room that the pipeline gives."""
+def _step(longest: int, length_B: np.ndarray, slots: int = 0):
+  """A step of examples with so many events, by default without an empty slot."""
+  features = _features(longest)
+  trainer = make_trainer(_config(longest), features, steps=1000)
+  batch = _batch(features, length_B, slots or int(length_B.sum()))
+  return stepper(jitted_step(trainer), trainer.born(), batch)[0]
+
+
+def _config(longest: int):
   config = runpy.run_path(str(CONFIG))["get_config"]()
   config.data.batch_size, config.data.history = BATCH, longest
-  features = _features(longest)
-  trainer = make_trainer(config, features, steps=1000)
-  slots = slots or event_capacity(int(length_B.sum()), steps=HISTORY_STEPS)
-  return stepper(jitted_step(trainer), trainer.born(), _batch(features, length_B, slots))[0]
+  return config
 
 
 def _features(length: int) -> FeatureSet:

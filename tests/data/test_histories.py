@@ -70,10 +70,11 @@ def test_sixteen_steps_an_octave():
 
 
 def test_slots_are_few_and_do_not_change_with_the_place_of_resumption(data):
-  whole = stream(data, 30)
+  options = {"batch_size": 100, "seed": 1, "cost": lambda lengths: 1 + lengths["past"]}
+  whole = stream(data, 30, **options)
   shapes = {b.histories["past"].age_E.shape for b in whole}
   assert len(shapes) <= 2
-  late = iter(train_batches(data, batch_size=100, seed=1))
+  late = iter(train_batches(data, **options))
   state = late.get_state()
   assert state["next_index"] == 0
   late.set_state(state | {"next_index": 25})

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from numbered import BLOCK, FEATURES, N, assert_equal, assert_examples, rows, stream, write
 
-from gemjax.data.pipeline import Batches, BatchSizeError, evaluation_batches, train_batches
+from gemjax.data.batches import Batches, BatchSizeError
+from gemjax.data.pipeline import evaluation_batches, train_batches
 from gemjax.data.prepared import PreparedDataError
 from gemjax.features import FeatureSet, event_capacity
 

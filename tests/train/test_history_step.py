@@ -66,8 +66,11 @@ def make_config(model) -> c.Config:
   )
 
 
-def make_batch(features, t, shards) -> Batch:
-  """The same examples for every mesh; only the packing of events follows the devices."""
+def make_batch(features, t, shards, room=1) -> Batch:
+  """The same examples for every mesh; only the packing of events follows the devices.
+
+  They have `room` times as many slots as they could need.
+  """
   rng = np.random.default_rng(t)
   draw = lambda size, *shape: np.minimum(rng.zipf(1.2, shape), size) - 1
   ids = np.stack([draw(f.size, B) for f in features.sparse], 1)
@@ -76,10 +79,11 @@ def make_batch(features, t, shards) -> Batch:
   for history in features.history:
     lengths = rng.integers(0, history.max_length + 1, B)
     lengths[: B // 8] = 0  # The first device of eight has no events.
+    slots = room * history.max_length
     events = np.stack([draw(column.size, lengths.sum()) for column in history.columns], 1)
     ages = np.exp(rng.uniform(0, 17, lengths.sum())).astype(np.int32)
     histories[history.name] = Events(
-      *(packed(x, lengths, history.max_length, shards) for x in (events.astype(np.int32), ages)),
+      *(packed(x, lengths, slots, shards) for x in (events.astype(np.int32), ages)),
       lengths.astype(np.int32),
     )
   return Batch(
@@ -94,22 +98,26 @@ def make_batch(features, t, shards) -> Batch:
   )
 
 
-def packed(x_E, lengths, longest, shards):
+def packed(x_E, lengths, slots, shards):
   """The events of each shard's examples at the front of its slots."""
-  out = np.zeros((shards, B * longest // shards, *x_E.shape[1:]), np.int32)
+  out = np.zeros((shards, B * slots // shards, *x_E.shape[1:]), np.int32)
   ends = np.cumsum([0, *lengths.reshape(shards, -1).sum(1)])
-  for s, slots in enumerate(out):
-    slots[: ends[s + 1] - ends[s]] = x_E[ends[s] : ends[s + 1]]
+  for s, part in enumerate(out):
+    part[: ends[s + 1] - ends[s]] = x_E[ends[s] : ends[s + 1]]
   return out.reshape(-1, *x_E.shape[1:])
 
 
-def run(model, histories, data, model_axis):
+def run(model, histories, data, model_axis, lookup="exact", rooms=(1,) * (STEPS + 1)):
   """(losses, the state after the last step)."""
   features = dataclasses.replace(FEATURES, history=FEATURES.history[:histories])
   mesh = make_mesh(data, model_axis, jax.devices()[: data * model_axis])
-  trainer = make_trainer(make_config(model), features, STEPS, mesh)
+  config = make_config(model)
+  config.embedding.lookup = lookup
+  trainer = make_trainer(config, features, STEPS, mesh)
   programs = Programs(trainer)
-  batches = (to_devices(mesh, make_batch(features, t, mesh.size)) for t in range(STEPS + 1))
+  batches = (
+    to_devices(mesh, make_batch(features, t, mesh.size, room)) for t, room in enumerate(rooms)
+  )
   state, upcoming = trainer.born(), next(batches)
   ahead, losses = programs.ahead(state, upcoming), []
   for _ in range(STEPS):
@@ -155,3 +163,12 @@ def test_losses_and_tables_are_those_of_one_device(one, model, histories, mesh):
     ):
       where = name + jax.tree_util.keystr(path)
       np.testing.assert_allclose(array, other, rtol=1e-3, atol=1e-4, err_msg=where)
+
+
+@pytest.mark.parametrize("lookup", ["exact", "ahead"])
+def test_rooms_that_come_and_go_change_no_loss(lookup):
+  """Behind every room stands a smaller, an equal and a larger one; what is owed has one, too."""
+  model = c.Din(hidden=(8,), head=(8,))
+  expected, _ = run(model, 2, 1, 2, lookup)
+  losses, _ = run(model, 2, 1, 2, lookup, rooms=(1, 2, 1, 1, 2, 2))
+  np.testing.assert_allclose(losses, expected, rtol=1e-6)
