@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 from gemjax.features import HISTORY_STEPS, event_capacity
 
-RATIO = 0.85  # Of a size and the next larger one.
+RATIO = Fraction(17, 20)  # Of a size and the next larger one; exact, for all hosts must agree.
 _TILE = 64  # Slots: sizes are multiples.
 
 
@@ -31,4 +32,4 @@ class Rooms(NamedTuple):
       j -= 1
     while any(size > _TILE for size in sizes(j).values()) and fits(j + 1):
       j += 1
-    return {n: int(size) for n, size in sizes(j).items()}
+    return sizes(j)

@@ -16,7 +16,7 @@ def test_no_batch_is_cut_and_few_slots_are_empty(most):
     assert slots >= events
     assert slots % 64 == 0 and (slots == 64 or slots < events / RATIO + 64), (events, slots)
     sizes.add(slots)
-  assert len(sizes) <= np.log(3000) / -np.log(RATIO) + 3
+  assert len(sizes) <= np.log(3000) / -np.log(float(RATIO)) + 3
 
 
 def test_those_of_batches_that_differ_little_are_one():
