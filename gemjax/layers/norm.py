@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from gemjax.layers.kept import made_again
 from gemjax.layers.linear import on_cpu_inner_first
 from pallas_kernels.once import computed_once
 
@@ -73,8 +74,13 @@ def _forward(axis, dtype, eps, x, scale, bias):
   # Not mean(x^2) - mean^2, of which nothing is left where x is large and nearly constant.
   inverse = jax.lax.rsqrt(_variance(axis, wide, mean) + eps)
   inverse = written_once(inverse, kept=True)
-  y = (wide - mean) * inverse * _along(axis, scale, x) + _along(axis, bias, x)
-  return written_once(y.astype(dtype)), (x, mean, inverse, scale)
+
+  def output(x, mean, inverse, scale, bias):
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    y = normal * _along(axis, scale, x) + _along(axis, bias, x)
+    return written_once(y.astype(dtype))
+
+  return made_again(output, centred=True)(x, mean, inverse, scale, bias), (x, mean, inverse, scale)
 
 
 def _backward(axis, dtype, eps, kept, gradient):

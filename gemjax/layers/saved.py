@@ -1,35 +1,20 @@
 """What the backward pass of a layer needs, kept small or computed again.
 
 A layer is a function (weights, inputs...) -> outputs. Its pullback, as JAX makes it, is a pytree of
-arrays: those that follow from the inputs are packed when the forward pass is done with them and
-unpacked when the backward pass begins. No layer has to know of it.
+arrays: those that follow from the inputs are kept in 8 bits when the forward pass is done with them
+(kept.py), and come back when the backward pass begins.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import dequantize_fp8, quantize_fp8
-
-NARROW = (
-  32  # Rows of fewer numbers are kept as they are: a scale each would cost more than it saves.
-)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class _Packed:
-  values: jax.Array  # float8, or words of mask bits.
-  exponents: jax.Array | None  # uint8, of the rows' scales, 2^(e - 127); None for masks.
-  width: int = dataclasses.field(metadata={"static": True})  # Of a row.
-  dtype: Any = dataclasses.field(metadata={"static": True})
+from gemjax.layers.kept import keep
 
 
 class Keeping(NamedTuple):
@@ -167,7 +152,8 @@ def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
     float8: What is saved of floats is rounded to float8_e4m3fn with a scale for each row of the
       last axis, masks become bits: about half of bfloat16, a quarter of float32. Weights,
       statistics (an axis of size 1) and rows of less than 32 numbers stay as they are. Saved
-      numbers are then wrong by up to 1/16.
+      numbers are then wrong by up to 1/16. What is `made_again` (kept.py) is not saved: so that
+      Wukong and GEM hold less than half of what they do in bfloat16.
     recompute: Only the inputs are saved, as they are, and the layer is computed again when its
       gradient is due.
 
@@ -184,14 +170,7 @@ def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
   def forward(weights, *inputs):
     if recompute:
       return layer(weights, *inputs), (weights, inputs)
-    program, shapes, tree, of_inputs = _traced(layer, weights, inputs)
-    made = jax.extend.core.jaxpr_as_fun(program)(*jax.tree.leaves((weights, inputs)))
-    outputs, leaves = jax.tree.unflatten(jax.tree.structure(shapes), made)
-    packed = {}  # An array that several products need is packed once.
-    places = program.jaxpr.outvars[-len(leaves) :] if leaves else []
-    for v, leaf in zip(places, leaves, strict=True):
-      packed.setdefault(id(v), _pack(leaf) if id(v) in of_inputs else leaf)
-    return outputs, jax.tree.unflatten(tree, [packed[id(v)] for v in places])
+    return keep(*_traced(layer, weights, inputs), jax.tree.leaves((weights, inputs)))
 
   def backward(kept, gradients):
     if recompute:
@@ -199,7 +178,7 @@ def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
       weights, inputs = jax.lax.optimization_barrier(kept)
       _, pullback = jax.vjp(layer, weights, *inputs)
     else:
-      pullback = jax.tree.map(_unpack, kept, is_leaf=lambda x: isinstance(x, _Packed))
+      pullback = kept.pullback()
     return pullback(gradients)
 
   wrapped.defvjp(forward, backward)
@@ -214,31 +193,6 @@ def bytes_saved(function: Callable, weights: Any, *inputs: Any) -> int:
   places = program.jaxpr.outvars[-len(leaves) :] if leaves else []
   kept = {v for v in places if id(v) in of_inputs} - set(program.jaxpr.invars)
   return sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
-
-
-def _pack(x: jax.Array) -> jax.Array | _Packed:
-  if x.ndim < 2 or x.shape[-1] < NARROW or 1 in x.shape:
-    return x
-  if x.dtype == jnp.bool_:
-    return _Packed(jnp.packbits(x, axis=-1), None, x.shape[-1], x.dtype)
-  if x.dtype not in (jnp.float32, jnp.bfloat16):
-    return x
-  values, scales = quantize_fp8(x, granularity="row")
-  # Powers of two: the exponent of the float says all.
-  bits = jax.lax.bitcast_convert_type(scales, jnp.uint32)
-  return _Packed(values, (bits >> 23).astype(jnp.uint8), x.shape[-1], x.dtype)
-
-
-def _unpack(x: jax.Array | _Packed) -> jax.Array:
-  if not isinstance(x, _Packed):
-    return x
-  # Else XLA makes the wide array in the forward pass and keeps that.
-  values = jax.lax.optimization_barrier(x.values)
-  if x.exponents is None:
-    return jnp.unpackbits(values, axis=-1, count=x.width).astype(x.dtype)
-  bits = x.exponents.astype(jnp.uint32) << 23
-  scales = jax.lax.bitcast_convert_type(bits, jnp.float32)
-  return dequantize_fp8(values, scales, dtype=x.dtype)
 
 
 def _traced(function: Callable, weights: Any, inputs: tuple):
