@@ -228,13 +228,10 @@ class Batches(grain.MapDataset[Batch]):
     return out
 
   def _make_rooms(self, _) -> Rooms:
-    """From the batches of the first windows; evaluation sees all that are measured here."""
-    if not self._longest:
-      return Rooms({})
-    count, margin = len(self), 0.0
-    if self._seed is not None:
-      bounds = self._epochs(0)[1][: RECENT_WINDOWS + 1]
-      count, margin = max(1, int(bounds[-1]) // self._batch_size), MARGIN
-    most = [self._events(*self._examples_of(t)) for t in range(count)]
-    events = {name: max(m[name] for m in most) for name in self._longest}
-    return Rooms({name: n + int(n * margin) for name, n in events.items()})
+    """From the batches of the first windows."""
+    bounds = self._epochs(0)[1][: RECENT_WINDOWS + 1]
+    count = min(max(1, int(bounds[-1]) // self._batch_size), len(self))
+    batches = [self._events(*self._examples_of(t)) for t in range(count)] if self._longest else []
+    rows = self._batch_size // self._shards
+    limit = {name: rows * longest for name, longest in self._longest.items()}
+    return Rooms.measured(batches, limit, 0.0 if count == len(self) else MARGIN)

@@ -21,8 +21,8 @@ class Feed:
   """`upcoming` is the batch that `advance` returns; both are global arrays.
 
   Batches come in few shapes, each of which is a program: histories have the slots that the pipeline
-  gave them, those of a sequence never shrink. The step between two shapes is a program of its own,
-  where rows are read ahead it is two.
+  gave them, those of a sequence never shrink. The step between two shapes is a program of its own;
+  where rows are read ahead that of the batch before counts, too.
 
   Args:
     batches: This process' batches, with `get_state` and `set_state`.

@@ -94,7 +94,7 @@ def compile_ahead(
 ) -> float:
   """Compiles what `train` will need until its first evaluation, and returns the seconds it took.
 
-  Nothing is trained. Larger batches than the first may need further programs.
+  Nothing is trained. Batches of other shapes than the first need further programs.
 
   Raises:
     ConfigError, PreparedDataError, CorruptBlockError, WorkdirError: before any work.
@@ -122,7 +122,7 @@ def evaluation(config: config_lib.Config, data: PreparedData, mesh: Mesh, split:
     data,
     split,
     batch_size=config.data.eval_batch_size,
-    window_blocks=config.data.window_blocks,
+    window_blocks=config.data.window_blocks if data.features.history else 1,  # Nothing is dealt.
     history_length=config.data.history,
     cost=_cost(config, data),
     **part_of_process(mesh),

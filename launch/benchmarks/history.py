@@ -6,9 +6,9 @@ over the whole history it sees one summary of eight events each. Times are media
 
 Padding is measured against the batch of 500 events each. "ragged" are histories of 0 to 1,000
 events, as many in all, half of which a batch padded to its longest would waste, dealt and given
-slots as by the pipeline. "half_full" is that batch of 500 events each, where batches of the run
-have twice as many as a rule, in the slots that the pipeline then gives it. "seventh_empty" has as
-many empty slots as the pipeline leaves at most, "empty" as many as events, which it never makes.
+slots as by the pipeline. "half_full" is that batch of 500 events each in a run half of whose
+batches have twice as many, in the slots that the pipeline then gives it; "seventh_empty" has as
+many empty ones as that leaves at most (gemjax/data/rooms.py), "empty" as many as events.
 
 NE is that of `launch/train.py --config=configs/gem_movielens.py --config.data.history=EVENTS` on
 ML-1M, seed 0, where GEMJAX_DATA is a folder that holds ml-1m; finished runs in GEMJAX_RUNS (default
@@ -66,11 +66,15 @@ def _padded() -> dict[str, tuple[int, np.ndarray, int]]:
   even_B, events = np.full(BATCH, PADDED), BATCH * PADDED
   ragged_B = np.linspace(0, 2 * PADDED, BATCH).round().astype(int)
   ragged_B = ragged_B[halves(example_cost(_config(2 * PADDED), {"rated": ragged_B}))]
-  # So many events are the most that a run of such batches has measured.
-  slots = lambda most: Rooms({"rated": int(most)}).of({"rated": events})["rated"]
+
+  def slots(*measured):
+    """Of a batch of `events` in a run of batches that have so many."""
+    rooms = Rooms.measured([{"rated": n} for n in measured], {"rated": 2 * events}, MARGIN)
+    return rooms.of({"rated": events})["rated"]
+
   return {
-    "ragged": (2 * PADDED, ragged_B, slots(events * (1 + MARGIN))),
-    "half_full": (PADDED, even_B, slots(2 * events)),
+    "ragged": (2 * PADDED, ragged_B, slots(events)),
+    "half_full": (PADDED, even_B, slots(events, 2 * events)),
     "seventh_empty": (PADDED, even_B, int(events / RATIO)),
     "empty": (PADDED, even_B, 2 * events),
   }

@@ -60,13 +60,23 @@ def test_each_shard_has_its_own_slots(data, shards):
       slots = np.column_stack([ids_EC, age_E])[s * room : (s + 1) * room]
       assert [tuple(x) for x in slots[: len(of)].tolist()] == of
       assert not slots[len(of) :].any()
-    assert event_capacity(room, steps=HISTORY_STEPS) == room
 
 
 def test_sixteen_steps_an_octave():
   capacities = [event_capacity(n, steps=HISTORY_STEPS) for n in range(65, 2049)]
   assert all(n <= c < n * 17 / 16 for n, c in enumerate(capacities, 65))
   assert len(set(capacities)) == 5 * 16 and capacities == sorted(capacities)
+
+
+def test_rooms_have_a_margin_beyond_what_was_measured(data):
+  """All batches of the first three windows, here all of an epoch; none can have 100 * 50 events."""
+  options = {"cost": lambda lengths: 1 + lengths["past"]}
+  batches = stream(data, 10, batch_size=100, window_blocks=6, **options)
+  most = max(b.histories["past"].lengths_B.sum() for b in batches)
+  room = event_capacity(int(most * 1.03), steps=HISTORY_STEPS)
+  assert max(len(b.histories["past"].age_E) for b in batches) == room
+  (batch,) = evaluation_batches(data, "train", batch_size=N, history_length=1, **options)
+  assert len(batch.histories["past"].age_E) <= event_capacity(N, steps=HISTORY_STEPS)
 
 
 def test_slots_are_few_and_do_not_change_with_the_place_of_resumption(data):

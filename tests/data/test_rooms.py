@@ -6,37 +6,70 @@ import pytest
 from gemjax.data.rooms import RATIO, Rooms
 from gemjax.features import HISTORY_STEPS, event_capacity
 
-
-@pytest.mark.parametrize("most", [100, 1_000, 16_000, 3_000_017])
-def test_no_batch_is_cut_and_few_slots_are_empty(most):
-  """From a thousandth to three times of what was measured."""
-  rooms, sizes = Rooms({"h": most}), set()
-  for events in np.unique(np.geomspace(max(1, most / 1000), 3 * most, 5000).astype(int)).tolist():
-    slots = rooms.of({"h": events})["h"]
-    assert slots >= events
-    assert slots % 64 == 0 and (slots == 64 or slots < events / RATIO + 64), (events, slots)
-    sizes.add(slots)
-  assert len(sizes) <= np.log(3000) / -np.log(float(RATIO)) + 3
+MARGIN = 0.03
 
 
-def test_those_of_batches_that_differ_little_are_one():
-  rooms, room = Rooms({"h": 10_300}), event_capacity(10_300, steps=HISTORY_STEPS)
-  assert {rooms.of({"h": n})["h"] for n in range(int(0.86 * room), room + 1)} == {room}
+def capacity(events):
+  return event_capacity(events, steps=HISTORY_STEPS)
+
+
+def rooms(events, limit=10**9):
+  """Measured on batches of one history with so many events."""
+  return Rooms.measured([{"h": n} for n in events], {"h": limit}, MARGIN)
+
+
+def slots(of, events):
+  return of.of({"h": events})["h"]
+
+
+@pytest.mark.parametrize("most", [70, 200, 1_000, 16_000, 3_000_017])
+def test_no_batch_is_cut_and_few_slots_are_empty_where_batches_differ(most):
+  """From a tenth to three times of what was measured."""
+  spread = np.linspace(most / 10, most, 100).astype(int)
+  of, sizes = rooms(spread), set()
+  for events in np.unique(np.geomspace(most / 10, 3 * most, 3000).astype(int)).tolist():
+    room = slots(of, events)
+    assert room >= events
+    if events > np.quantile(spread, 0.26):
+      assert room == 64 or room < events / RATIO + 8 or room == capacity(int(most * 1.03))
+    sizes.add(room)
+  assert len(sizes) <= np.log(3 / 0.3) / -np.log(float(RATIO)) + 4
+
+
+def test_those_of_batches_that_differ_little_are_one_whoever_comes_later():
+  """A batch that is smaller than any measured one is no reason for a program of its own."""
+  of = rooms(range(10_000, 11_000))
+  assert {slots(of, n) for n in range(1, capacity(11_329) + 1, 7)} == {capacity(int(10_999 * 1.03))}
+
+
+@pytest.mark.parametrize(("few", "sizes"), [(24, 1), (25, 2)])
+def test_a_quarter_of_the_batches_is_worth_a_size(few, sizes):
+  of = rooms([5_000] * few + [10_000] * (100 - few))
+  small, large = slots(of, 5_000), slots(of, 10_000)
+  assert len({small, large}) == sizes and large == capacity(10_300)
+  assert sizes == 1 or small < 5_000 / RATIO + 8
+
+
+def test_no_room_is_larger_than_what_all_examples_can_fill():
+  of = rooms([15_900, 16_000], limit=16_000)
+  assert slots(of, 16_000) == capacity(16_000) == 16_384 < capacity(int(16_000 * 1.03))
+  assert slots(rooms([13_000], limit=16_000), 15_000) <= 16_384
 
 
 def test_histories_shrink_and_grow_together():
-  rooms = Rooms({"a": 10_000, "b": 500})
+  measured = [{"a": a, "b": b} for a in range(500, 10_001, 500) for b in (20, 500)]
+  of = Rooms.measured(measured, {"a": 10**6, "b": 10**6}, MARGIN)
   events = range(0, 20_000, 50)
-  of = lambda a, b: tuple(rooms.of({"a": a, "b": b}).values())
-  sizes = {of(a, b) for a in events for b in (0, 90, 240, 499)}
-  alone = {of(a, 0)[0] for a in events}
-  assert {a for a, _ in sizes} == alone and len(sizes) == len(alone)
-  assert rooms.of({"a": 10, "b": 500}) == rooms.of({"a": 10_000, "b": 500})
-  assert rooms.of({"a": 10, "b": 513})["a"] > 10_240 == rooms.of({"a": 10, "b": 512})["a"]
+  size = lambda a, b: tuple(of.of({"a": a, "b": b}).values())
+  sizes = {size(a, b) for a in events for b in (0, 90, 240, 500)}
+  alone = {size(a, 0)[0] for a in events}
+  assert {a for a, _ in sizes} == alone and len(sizes) == len(alone) > 5
+  assert size(10, 500) == size(10_000, 500)
+  assert size(10, 600)[0] > 10_300
 
 
 def test_what_was_never_seen_has_the_least_room():
-  rooms = Rooms({"h": 0})
-  assert rooms.of({"h": 0}) == {"h": 64} and rooms.of({"h": 64}) == {"h": 64}
-  assert 5_000 <= rooms.of({"h": 5_000})["h"] < 7_000
-  assert Rooms({}).of({}) == {}
+  of = rooms([0, 0])
+  assert slots(of, 0) == slots(of, 64) == 64
+  assert 5_000 <= slots(of, 5_000) < 5_000 / RATIO + 8
+  assert Rooms.measured([], {}, MARGIN).of({}) == {}

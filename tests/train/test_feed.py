@@ -1,4 +1,4 @@
-"""The feed: slots that never shrink, and what it tells the log of them."""
+"""The feed: slots of sequences never shrink; what it tells the log of slots."""
 
 import jax
 import numpy as np
