@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -190,11 +190,11 @@ class Batches(grain.MapDataset[Batch]):
     sizes_G = np.diff([first, *self._borders(first, first + n), first + n])
     return columns, groups(columns["cost"], sizes_G, self._random(epoch, w + 1))
 
-  def _borders(self, first: int, stop: int) -> Iterable[int]:
-    """Where batches begin between two positions of the stream."""
+  def _borders(self, first: int, stop: int) -> Sequence[int]:
+    """Where batches begin or end between two positions of the stream."""
     if self._seed is not None:
       return range((first // self._batch_size + 1) * self._batch_size, stop, self._batch_size)
-    return (start for start in map(self._start, range(len(self))) if first < start < stop)
+    return [start for start in map(self._start, range(len(self) + 1)) if first < start < stop]
 
   def _random(self, epoch: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([self._seed or 0, epoch, stream])
@@ -229,8 +229,8 @@ class Batches(grain.MapDataset[Batch]):
 
   def _make_rooms(self, _) -> Rooms:
     """From the batches of the first windows."""
-    bounds = self._epochs(0)[1][: RECENT_WINDOWS + 1]
-    count = min(max(1, int(bounds[-1]) // self._batch_size), len(self))
+    behind = int(self._epochs(0)[1][: RECENT_WINDOWS + 1][-1])
+    count = max(1, len(self._borders(0, behind + 1)))
     batches = [self._events(*self._examples_of(t)) for t in range(count)] if self._longest else []
     rows = self._batch_size // self._shards
     limit = {name: rows * longest for name, longest in self._longest.items()}
