@@ -48,7 +48,12 @@ class Rooms(NamedTuple):
     return rooms
 
   def of(self, events: Sizes) -> Sizes:
-    """Slots a shard, by history, for a batch whose fullest shards have so many events."""
+    """Slots a shard, by history, for a batch whose fullest shards have so many events.
+
+    Raises ValueError for more than the limit.
+    """
+    if not _fits(events, self.limit):
+      raise ValueError(f"shards of {events} events, but none can have more than {self.limit}")
     j = self.smallest
     while not _fits(events, self._size(j)):
       j -= 1

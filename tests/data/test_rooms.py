@@ -54,6 +54,8 @@ def test_no_room_is_larger_than_what_all_examples_can_fill():
   of = rooms([15_900, 16_000], limit=16_000)
   assert slots(of, 16_000) == capacity(16_000) == 16_384 < capacity(int(16_000 * 1.03))
   assert slots(rooms([13_000], limit=16_000), 15_000) <= 16_384
+  with pytest.raises(ValueError, match=r"\{'h': 20000\} events, .* more than \{'h': 16384\}"):
+    slots(of, 20_000)
 
 
 def test_histories_shrink_and_grow_together():
