@@ -165,7 +165,7 @@ def test_losses_and_tables_are_those_of_one_device(one, model, histories, mesh):
       np.testing.assert_allclose(array, other, rtol=1e-3, atol=1e-4, err_msg=where)
 
 
-@pytest.mark.parametrize("lookup", ["exact", "ahead"])
+@pytest.mark.parametrize("lookup", [pytest.param("exact", marks=pytest.mark.slow), "ahead"])
 def test_rooms_that_come_and_go_change_no_loss(lookup):
   """Behind every room stands a smaller, an equal and a larger one; what is owed has one, too."""
   model = c.Din(hidden=(8,), head=(8,))
