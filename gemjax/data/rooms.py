@@ -17,8 +17,8 @@ _STEP, _LEAST = 8, event_capacity(0)  # Slots: sizes are multiples, and none is 
 
 class Rooms(NamedTuple):
   """The sizes C RATIO^j: j = 0 for all batches that were measured, j = 1, 2, .. while a quarter of
-  them fit, so that of those no more than 15 % of the slots are empty; and j < 0 for what outgrows
-  them.
+  them fit, so that of those no more than 15 % of the slots of one history are empty; and j < 0 for
+  what outgrows them.
 
   All histories of a batch have the same j, the largest that serves them all. So it is a function of
   the batch alone: a run that resumes has the programs, thus the bits, of one that was not broken
