@@ -19,7 +19,8 @@ from pallas_kernels import dequantize_fp8, quantize_fp8
 
 # Rows of fewer numbers are kept as they are: a scale each would cost more than it saves.
 NARROW = 32
-_MADE_AGAIN, _CENTRED = "made_again", "made_again_centred"  # Calls in a traced program.
+# Calls in a traced program, by names that no other has.
+_MADE_AGAIN, _CENTRED = "gemjax_made_again", "gemjax_made_again_centred"
 
 
 @jax.tree_util.register_dataclass
