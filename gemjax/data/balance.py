@@ -7,7 +7,11 @@ stream does not depend on the mesh. Both deal from the costliest example down, a
 costlier of those dealt together to the group that has least so far: what the heavy ones leave
 uneven, the many light ones even out.
 
-Letters: n examples, G groups.
+Costs are of K kinds: the first is what an example costs in all, by which it is dealt; the others,
+as the events of each of several histories, are to be even, too. Among examples of like cost it is
+the kind that is most uneven so far, beside its deviation among examples, that decides.
+
+Letters: n examples, K kinds of cost, G groups.
 """
 
 from __future__ import annotations
@@ -27,38 +31,42 @@ def alike(blocks: int, most: int, rng: np.random.Generator) -> list[np.ndarray]:
   return [np.array([row[w] for row in rows if w < len(row)]) for w in range(count)]
 
 
-def groups(cost_n: np.ndarray, sizes_G: list[int], rng: np.random.Generator) -> np.ndarray:
+def groups(cost_Kn: np.ndarray, sizes_G: list[int], rng: np.random.Generator) -> np.ndarray:
   """An order of the examples in which the first sizes[0], the next sizes[1], .. cost alike.
 
   Every row of the deal has one example for each group, for a group of a fraction of the largest
   size only in that fraction of the rows, and has examples of like cost, up to `JITTER`: so that
   one window gives new groups in every epoch.
   """
-  sizes_G = np.asarray(sizes_G)
-  about_n = cost_n * rng.uniform(1 - JITTER, 1 + JITTER, len(cost_n))
+  (kinds, n), sizes_G, scale_K = cost_Kn.shape, np.asarray(sizes_G), _scale(cost_Kn)
+  about_n = cost_Kn[0] * rng.uniform(1 - JITTER, 1 + JITTER, n)
   falling_n = np.argsort(-about_n, kind="stable")
-  group_n = np.empty(len(cost_n), np.int64)
-  excess_G = np.zeros(len(sizes_G))  # Cost above the mean of the rows in which a group took part.
+  group_n = np.empty(n, np.int64)
+  # Cost above the mean of the rows in which a group took part.
+  excess_KG = np.zeros((kinds, len(sizes_G)))
   rows, first = int(sizes_G.max()), 0
   for r in range(rows):
     dealt = np.flatnonzero(sizes_G * (r + 1) // rows > sizes_G * r // rows)
     row = falling_n[first : first + len(dealt)]
-    row = row[np.argsort(-cost_n[row], kind="stable")]
+    k = np.argmax(excess_KG[:, dealt].std(1) / scale_K)
+    row = row[np.argsort(-cost_Kn[k, row], kind="stable")]
     dealt = rng.permutation(dealt)
-    dealt = dealt[np.argsort(excess_G[dealt], kind="stable")]
+    dealt = dealt[np.argsort(excess_KG[k, dealt], kind="stable")]
     group_n[row] = dealt
-    excess_G[dealt] += cost_n[row] - cost_n[row].mean()
+    excess_KG[:, dealt] += cost_Kn[:, row] - cost_Kn[:, row].mean(1, keepdims=True)
     first += len(dealt)
-  shuffled_n = rng.permutation(len(cost_n))  # Within a group in random order.
+  shuffled_n = rng.permutation(n)  # Within a group in random order.
   return shuffled_n[np.argsort(group_n[shuffled_n], kind="stable")]
 
 
-def halves(cost_n: np.ndarray) -> np.ndarray:
+def halves(cost_Kn: np.ndarray) -> np.ndarray:
   """An order in which both halves cost alike, and both halves of each, while they are even."""
-  parts = np.argsort(-cost_n, kind="stable")[None]  # (parts, examples), each from the costliest.
+  weight_K = (1 / _scale(cost_Kn)).tolist()
+  parts = np.argsort(-cost_Kn[0], kind="stable")[None]  # (parts, examples), costliest first.
   while parts.shape[1] % 2 == 0:
     heavy, light = parts[:, ::2], parts[:, 1::2]
-    left = np.array([_left(gaps) for gaps in (cost_n[heavy] - cost_n[light]).tolist()])
+    gaps = np.moveaxis(cost_Kn[:, heavy] - cost_Kn[:, light], 0, -1).tolist()
+    left = np.array([_left(of_part, weight_K) for of_part in gaps])
     split = np.stack([np.where(left, heavy, light), np.where(left, light, heavy)], 1)
     parts = split.reshape(-1, split.shape[2])
   # Parts of odd size may be cut further, by other numbers of devices: in no order of cost.
@@ -66,10 +74,23 @@ def halves(cost_n: np.ndarray) -> np.ndarray:
   return parts[:, mixed].reshape(-1)
 
 
-def _left(gaps: list[float]) -> list[bool]:
-  """Whether the heavier of each pair goes to the left half: where the left one is not ahead."""
-  ahead, out = 0.0, []
-  for gap in gaps:
-    out.append(ahead <= 0)
-    ahead += gap if ahead <= 0 else -gap
+def _left(gaps: list[list[float]], weight_K: list[float]) -> list[bool]:
+  """Whether the heavier of each pair goes to the left half: where the left one is not ahead, in
+  the kind of cost that is most uneven; and the lighter one, where it has more of that.
+  """
+  ahead_K, out, k = [0.0] * len(weight_K), [], 0
+  for gap_K in gaps:
+    left = ahead_K[k] <= 0 if gap_K[k] >= 0 else ahead_K[k] > 0
+    out.append(left)
+    for i, gap in enumerate(gap_K):
+      ahead_K[i] += gap if left else -gap
+    if len(ahead_K) > 1:
+      uneven_K = [abs(a * w) for a, w in zip(ahead_K, weight_K)]
+      k = uneven_K.index(max(uneven_K))
   return out
+
+
+def _scale(cost_Kn: np.ndarray) -> np.ndarray:
+  """The deviation of each kind of cost; infinite where all cost the same."""
+  deviation_K = cost_Kn.std(1) if cost_Kn.size else np.zeros(len(cost_Kn))
+  return np.where(deviation_K > 0, deviation_K, np.inf)

@@ -144,12 +144,12 @@ class Batches(grain.MapDataset[Batch]):
     runs = list(self._runs(self._start(index), self._start(index + 1)))
     if self._cost is None:
       return runs, np.arange(self._batch_size)
-    cost_n = np.concatenate([columns["cost"][rows] for columns, rows in runs])
-    return runs, halves(self._filled(cost_n))
+    cost_nK = np.concatenate([columns["cost"][rows] for columns, rows in runs])
+    return runs, halves(self._filled(cost_nK).T)
 
   def _filled(self, x_n: np.ndarray) -> np.ndarray:
-    """With a 0 for every row of the batch that no example has."""
-    return np.pad(x_n, (0, self._batch_size - len(x_n)))
+    """With zeros for every row of the batch that no example has."""
+    return np.pad(x_n, [(0, self._batch_size - len(x_n)), *[(0, 0)] * (x_n.ndim - 1)])
 
   def _runs(self, first: int, stop: int):
     """Yields (window, its rows) that hold positions [first, stop) of the stream, in order."""
@@ -185,10 +185,12 @@ class Batches(grain.MapDataset[Batch]):
       ordered = self._seed is None
       return columns, np.arange(n) if ordered else self._random(epoch, w + 1).permutation(n)
     lengths = {name: columns[f"{name}.lengths"] for name in self._longest}
-    columns["cost"] = np.asarray(self._cost(lengths), np.float64)
+    # Several histories shall have events alike, too; what one has is like what it costs.
+    kinds = [self._cost(lengths), *(lengths.values() if len(lengths) > 1 else ())]
+    columns["cost"] = np.stack(kinds, 1).astype(np.float64)
     first = epoch * self._examples + int(self._epochs(epoch)[1][w])  # Of the stream.
     sizes_G = np.diff([first, *self._borders(first, first + n), first + n])
-    return columns, groups(columns["cost"], sizes_G, self._random(epoch, w + 1))
+    return columns, groups(columns["cost"].T, sizes_G, self._random(epoch, w + 1))
 
   def _borders(self, first: int, stop: int) -> Sequence[int]:
     """Where batches begin or end between two positions of the stream."""

@@ -145,7 +145,8 @@ class Sequences:
     users = len(self.length_U)
     filler = np.zeros(self.rows * self.batches - users, np.int64)
     sizes = [self.rows] * self.batches
-    dealt = groups(np.append(self.length_U, filler), sizes, rng).reshape(self.batches, self.rows)
+    length_n = np.append(self.length_U, filler)
+    dealt = groups(length_n[None], sizes, rng).reshape(self.batches, self.rows)
     for user_B in dealt:
       yield self.pack(user_B[user_B < users])
 

@@ -16,6 +16,7 @@ import jax.extend
 import jax.numpy as jnp
 
 from pallas_kernels import dequantize_fp8, quantize_fp8
+from pallas_kernels.once import computed_once
 
 # Rows of fewer numbers are kept as they are: a scale each would cost more than it saves.
 NARROW = 32
@@ -42,9 +43,11 @@ class Kept:
   recipes: tuple = dataclasses.field(metadata={"static": True})
   tree: Any = dataclasses.field(metadata={"static": True})
 
-  def pullback(self) -> Callable:
-    """With its arrays as they come back."""
-    arrays = [_unpack(x) for x in self.arrays]
+  def pullback(self, gradients: Any) -> Callable:
+    """With its arrays, which come back when the gradients of the layer's outputs are there."""
+    floats = [g for g in jax.tree.leaves(gradients) if g.dtype != jax.dtypes.float0]
+    there = [g.ravel()[0] for g in floats]
+    arrays = [_unpack(x, there) for x in self.arrays]
 
     def made(recipe):
       if isinstance(recipe, int):
@@ -83,7 +86,7 @@ def keep(
   of_name = lambda *names: [eqn for eqn in jaxpr.eqns if eqn.params.get("name") in names]
   again = {id(eqn.outvars[0]): eqn for eqn in of_name(_MADE_AGAIN, _CENTRED)}
   around = [eqn.invars[:2] for eqn in of_name(_CENTRED)]
-  mean_of = {id(x): mean for x, mean in around if _wide(x.aval)}
+  mean_of = {id(x): mean for x, mean in around if _wide(x.aval) and id(mean) not in again}
   kept = {}  # Id -> variable, in the order of the arrays.
 
   def number(v) -> int:
@@ -135,13 +138,18 @@ def _pack(x: jax.Array) -> jax.Array | _Packed:
   return _Packed(values, (bits >> 23).astype(jnp.uint8), x.shape[-1], x.dtype)
 
 
-def _unpack(x: jax.Array | _Packed) -> jax.Array:
+def _unpack(x: jax.Array | _Packed, there: list[jax.Array]) -> jax.Array:
+  """Not before all of `there` are: XLA would make the wide array in the forward pass and keep it."""
   if not isinstance(x, _Packed):
     return x
-  # Else XLA makes the wide array in the forward pass and keeps that.
-  values = jax.lax.optimization_barrier(x.values)
-  if x.exponents is None:
-    return jnp.unpackbits(values, axis=-1, count=x.width).astype(x.dtype)
-  bits = x.exponents.astype(jnp.uint32) << 23
-  scales = jax.lax.bitcast_convert_type(bits, jnp.float32)
-  return dequantize_fp8(values, scales, dtype=x.dtype)
+
+  def unpacked(values, exponents, there):
+    values, _ = jax.lax.optimization_barrier((values, there))
+    if exponents is None:
+      return jnp.unpackbits(values, axis=-1, count=x.width).astype(x.dtype)
+    bits = exponents.astype(jnp.uint32) << 23
+    scales = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return dequantize_fp8(values, scales, dtype=x.dtype)
+
+  # XLA for CPUs takes the barrier out again, but such a call waits for all its arguments.
+  return computed_once(unpacked)(x.values, x.exponents, there)

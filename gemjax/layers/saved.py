@@ -178,7 +178,7 @@ def saved(layer: Callable, *, float8: bool, recompute: bool) -> Callable:
       weights, inputs = jax.lax.optimization_barrier(kept)
       _, pullback = jax.vjp(layer, weights, *inputs)
     else:
-      pullback = kept.pullback()
+      pullback = kept.pullback(gradients)
     return pullback(gradients)
 
   wrapped.defvjp(forward, backward)

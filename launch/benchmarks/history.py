@@ -6,9 +6,10 @@ over the whole history it sees one summary of eight events each. Times are media
 
 Padding is measured against the batch of 500 events each. "ragged" are histories of 0 to 1,000
 events, as many in all, half of which a batch padded to its longest would waste, dealt and given
-slots as by the pipeline. "half_full" is that batch of 500 events each in a run half of whose
-batches have twice as many, in the slots that the pipeline then gives it; "seventh_empty" has as
-many empty ones as that leaves at most (gemjax/data/rooms.py), "empty" as many as events.
+slots as by the pipeline. "half_full" is that batch of 500 events each in a run whose fullest batch
+has twice as many, in the slots that the pipeline then gives it; "seventh_empty" has as many empty
+ones as the pipeline leaves at most (gemjax/data/rooms.py). "forced" is what the step alone takes
+with as many empty slots as events, a batch that the pipeline does not make.
 
 NE is that of `launch/train.py --config=configs/gem_movielens.py --config.data.history=EVENTS` on
 ML-1M, seed 0, where GEMJAX_DATA is a folder that holds ml-1m; finished runs in GEMJAX_RUNS (default
@@ -65,18 +66,18 @@ def _padded() -> dict[str, tuple[int, np.ndarray, int]]:
   """Kind -> (longest history, events of each example, slots)."""
   even_B, events = np.full(BATCH, PADDED), BATCH * PADDED
   ragged_B = np.linspace(0, 2 * PADDED, BATCH).round().astype(int)
-  ragged_B = ragged_B[halves(example_cost(_config(2 * PADDED), {"rated": ragged_B}))]
+  ragged_B = ragged_B[halves(example_cost(_config(2 * PADDED), {"rated": ragged_B})[None])]
 
-  def slots(*measured):
-    """Of a batch of `events` in a run of batches that have so many."""
-    rooms = Rooms.measured([{"rated": n} for n in measured], {"rated": 2 * events}, MARGIN)
+  def slots(fullest):
+    """Of a batch of `events` in a run whose fullest has so many."""
+    rooms = Rooms.measured([{"rated": fullest}], {"rated": 2 * events}, MARGIN)
     return rooms.of({"rated": events})["rated"]
 
   return {
     "ragged": (2 * PADDED, ragged_B, slots(events)),
-    "half_full": (PADDED, even_B, slots(events, 2 * events)),
+    "half_full": (PADDED, even_B, slots(2 * events)),
     "seventh_empty": (PADDED, even_B, int(events / RATIO)),
-    "empty": (PADDED, even_B, 2 * events),
+    "forced": (PADDED, even_B, 2 * events),
   }
 
 

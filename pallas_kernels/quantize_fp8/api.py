@@ -94,7 +94,8 @@ def dequantize_fp8(
   x = values.astype(jnp.float32)
   largest = float(jnp.finfo(dtype).max)
   product = x * layout.spread(scales, values.shape)
-  return jnp.where(jnp.isfinite(x), jnp.clip(product, -largest, largest), product).astype(dtype)
+  within = jax.lax.clamp(-largest, product, largest)
+  return jax.lax.select(jnp.isfinite(x), within, product).astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

@@ -35,9 +35,9 @@ def unevenness(cost_NB):
 def test_groups_are_a_permutation_of_like_cost(sizes):
   n = sum(sizes)
   cost_n = zipf(n).astype(float)
-  order = groups(cost_n, sizes, np.random.default_rng(1))
+  order = groups(cost_n[None], sizes, np.random.default_rng(1))
   np.testing.assert_array_equal(np.sort(order), np.arange(n))
-  again = groups(cost_n, sizes, np.random.default_rng(1))
+  again = groups(cost_n[None], sizes, np.random.default_rng(1))
   np.testing.assert_array_equal(order, again)
   # Fractions of a group take part in few rows: twice the costliest example bounds them as well.
   ends = np.cumsum(sizes)
@@ -49,19 +49,19 @@ def test_groups_are_a_permutation_of_like_cost(sizes):
 @pytest.mark.parametrize("seed", range(5))
 def test_light_examples_even_out_what_heavy_ones_leave(seed):
   cost_n = zipf(1024, seed).astype(float)
-  order = groups(cost_n, [64] * 16, np.random.default_rng(seed))
+  order = groups(cost_n[None], [64] * 16, np.random.default_rng(seed))
   assert np.ptp(cost_n[order].reshape(16, -1).sum(1)) < 0.3 * cost_n.max()
 
 
 def test_equal_costs_leave_nothing_but_a_shuffle():
-  order = groups(np.ones(1000), [100] * 10, np.random.default_rng(0))
+  order = groups(np.ones((1, 1000)), [100] * 10, np.random.default_rng(0))
   assert len({*order[:100].tolist()} & {*range(100)}) < 30
 
 
 def test_two_groups_are_new_ones_every_time():
   """Of neighbours in cost, always the same would be kept apart."""
   cost_n = np.arange(64.0) ** 2
-  deals = [groups(cost_n, [32, 32], np.random.default_rng(s)) for s in range(50)]
+  deals = [groups(cost_n[None], [32, 32], np.random.default_rng(s)) for s in range(50)]
   assert len({frozenset(d[:32].tolist()) for d in deals}) == 50
   assert len({d[:32].tolist().count(63) + d[:32].tolist().count(62) for d in deals}) > 1
 
@@ -69,12 +69,35 @@ def test_two_groups_are_new_ones_every_time():
 @pytest.mark.parametrize("n", [1024, 96, 7, 1])
 def test_halves_of_halves_cost_alike(n):
   cost_n = np.random.default_rng(0).exponential(1, n)
-  order = halves(cost_n)
+  order = halves(cost_n[None])
   np.testing.assert_array_equal(np.sort(order), np.arange(n))
   for parts in (2, 4, 8, 16, 32):
     if n % parts == 0:
       cost_N = cost_n[order].reshape(parts, -1).sum(1)
       assert np.ptp(cost_N) <= cost_n.max(), parts
+
+
+def test_each_of_several_histories_is_even():
+  """Not only what they cost together: in 64 batches, and in the eighths of each."""
+  rng, groups_of, size = np.random.default_rng(0), 64, 128
+  n = groups_of * size
+  lognormal_n = rng.lognormal(4, 1.2, n).clip(0, 2000).astype(int)
+  length_Kn = np.stack([zipf(n), lognormal_n, zipf(n, 1)])
+  all_Kn = np.concatenate([length_Kn.sum(0, keepdims=True), length_Kn]).astype(float)
+
+  def most(cost_Kn):
+    """Of each history in a batch and in an eighth of one, beside the mean."""
+    order_GB = groups(cost_Kn, [size] * groups_of, rng).reshape(groups_of, size)
+    dealt_GB = np.stack([order_B[halves(cost_Kn[:, order_B])] for order_B in order_GB])
+    np.testing.assert_array_equal(np.sort(dealt_GB, None), np.arange(n))
+    length_KGB = length_Kn[:, dealt_GB]
+    return (
+      max(unevenness(length_NB) for length_NB in length_KGB),
+      max(unevenness(length_NB.reshape(-1, size // 8)) for length_NB in length_KGB),
+    )
+
+  (batch, eighth), (by_sum, eighth_by_sum) = most(all_Kn), most(all_Kn[:1])
+  assert batch < 1.1 < by_sum and eighth < eighth_by_sum
 
 
 def test_windows_have_some_of_every_part_of_the_file():

@@ -9,7 +9,7 @@ from gemjax import config as c
 from gemjax.layers.dropout import dropout, example_keys
 from gemjax.layers.norm import LayerNorm
 from gemjax.layers.saved import Keeping, bytes_saved, run, saved, scan
-from gemjax.models.wukong import WukongLayer
+from gemjax.models.wukong import Wukong, WukongLayer
 
 B, D, N = 256, 16, 32
 BOTH = pytest.mark.parametrize("float8, recompute", [(True, False), (False, True)])
@@ -66,6 +66,24 @@ def test_float8_keeps_less_than_half_of_bfloat16_and_a_quarter_of_float32(dtype,
   whole = kept(float8=False, recompute=False)
   assert kept(float8=True, recompute=False) <= share * whole
   assert kept(float8=False, recompute=True) <= 0.3 * whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("unroll", [0, 4])
+def test_a_program_holds_no_wide_array_from_the_forward_to_the_backward_pass(dtype, unroll):
+  """XLA for CPUs would come back from 8 bits as soon as it can: in the forward pass."""
+  config = c.Wukong(layers=4, fmb_units=16, lcb_units=16, rank=16, mlp=(512,), head=(32,))
+  x = jax.random.normal(jax.random.key(0), (512, N, 64)).astype(dtype)
+  temporaries = []
+  for float8 in (False, True):
+    how = {"units": N, "dim": 64, "tasks": 1, "dtype": dtype, "rngs": nnx.Rngs(0)}
+    keeping = Keeping(float8=float8, unroll=unroll, early_sums=bool(unroll))
+    graph, weights = nnx.split(Wukong(config, **how, keeping=keeping))
+    loss = lambda weights, x, graph=graph: nnx.merge(graph, weights)(x).mean()
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(weights, x).compile()
+    temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+  wide, narrow = temporaries
+  assert narrow < 0.75 * wide, temporaries
 
 
 def test_weights_are_not_rounded():
