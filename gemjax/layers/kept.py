@@ -139,7 +139,7 @@ def _pack(x: jax.Array) -> jax.Array | _Packed:
 
 
 def _unpack(x: jax.Array | _Packed, there: list[jax.Array]) -> jax.Array:
-  """Not before all of `there` are: XLA would make the wide array in the forward pass and keep it."""
+  """Waits for all of `there`: XLA would make the wide array in the forward pass and keep that."""
   if not isinstance(x, _Packed):
     return x
 

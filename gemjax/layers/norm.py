@@ -51,7 +51,7 @@ class FrozenBatchNorm(nnx.Module):
   """
 
   def __init__(self, width: int, dtype: str, eps: float = EPS):
-    born = lambda value: nnx.Param(jnp.full((width,), value), axes=("width",))
+    born = lambda value: nnx.Param(jnp.full((width,), value, "float32"), axes=("width",))
     self.scale, self.bias, self.mean, self.variance = born(1.0), born(0.0), born(0.0), born(1.0)
     self.dtype, self.eps = dtype, eps
 

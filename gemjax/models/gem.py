@@ -193,7 +193,7 @@ class Gem(nnx.Module):
     self.summary = summary() if self.branches else None
     deep = outputs + (self.summary.outputs if self.summary is not None else 0)
     skipped = units + len(self.events) if config.skip else 0
-    gain = lambda: nnx.Param(jnp.full((deep, dim), config.gain), axes=("width", "width"))
+    gain = lambda: nnx.Param(jnp.full((deep, dim), config.gain, "float32"), axes=("width", "width"))
     self.gain_ND = gain() if config.skip else None
     inputs = (skipped + deep) * dim
     self.heads = DomainHeads(inputs, config.head, tasks, domains, config.dropout, dtype, rngs)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from history_case import SPECS, B, Case, T, maker
+from history_case import FAST, SPECS, B, Case, T, maker
 from numpy_layers import (
   candidate_token,
   coarsen,
@@ -156,8 +156,9 @@ def test_formulas(whole):
 def test_layers_say_nothing_at_birth(whole):
   """At first the head reads what DIN reads, and learns how far to listen to the layers."""
   born = copy.copy(whole)
-  model = maker(Gem, CONFIG, 1, domains=DOMAINS)()
-  born.params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  make = maker(Gem, CONFIG, 1, domains=DOMAINS)
+  params_of = lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param))
+  born.params = jax.tree.map(np.asarray, jax.jit(params_of, compiler_options=FAST)())
   params, _, _ = born.gradients(np.ones((B, T), np.float32))
   silent = {name for name in params if not any(g.any() for g in jax.tree.leaves(params[name]))}
   assert silent == {"first", "layers", "memory", "summary", "units"}

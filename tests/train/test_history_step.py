@@ -47,7 +47,8 @@ INTERFORMER = c.InterFormer(
 COARSE = dataclasses.replace(GEM, strides=(4,), recent=0, next_event=0.5)
 # Model, histories, mesh. Compilation, nearly all of the time, grows with every branch.
 CASES = [
-  pytest.param(COARSE, 2, (2, 4), id="gem of one branch-2x4"),
+  pytest.param(COARSE, 1, (2, 4), id="gem of one branch-2x4"),
+  pytest.param(COARSE, 2, (2, 4), id="gem of two branches-2x4", marks=pytest.mark.slow),
   pytest.param(GEM, 1, (2, 4), id="gem-2x4", marks=pytest.mark.slow),
   pytest.param(GEM, 1, (8, 1), id="gem-8x1", marks=pytest.mark.slow),
   pytest.param(GEM, 1, (1, 8), id="gem-1x8", marks=pytest.mark.slow),
@@ -143,7 +144,7 @@ def one(smooth):
   found = {}
 
   def of(model, histories):
-    key = repr(model)
+    key = repr(model), histories
     if key not in found:
       found[key] = run(model, histories, 1, 1)
     return found[key]
