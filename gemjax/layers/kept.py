@@ -109,7 +109,13 @@ def keep(
     if v in kept:
       values[v] = (values[v] - values[id(mean)]).astype(values[v].dtype)
   arrays = [_pack(x) if v in of_inputs else x for v, x in values.items()]
-  outputs = jax.tree.unflatten(jax.tree.structure(shapes[0]), made[:count])
+  # Else XLA's scheduler, which works from the end of the step, leaves the packing of all layers to
+  # the end of the forward pass, and the wide arrays until then.
+  packed = [x for x in arrays if isinstance(x, _Packed)]
+  outputs, packed = jax.lax.optimization_barrier((made[:count], packed))
+  packed = iter(packed)
+  arrays = [next(packed) if isinstance(x, _Packed) else x for x in arrays]
+  outputs = jax.tree.unflatten(jax.tree.structure(shapes[0]), outputs)
   return outputs, Kept(arrays, recipes, tree)
 
 

@@ -68,8 +68,10 @@ def test_float8_keeps_less_than_half_of_bfloat16_and_a_quarter_of_float32(dtype,
   assert kept(float8=False, recompute=True) <= 0.3 * whole
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("unroll", [0, 4])
+@pytest.mark.parametrize(
+  "dtype, unroll",
+  [("float32", 4), ("bfloat16", 4), pytest.param("float32", 0, marks=pytest.mark.slow)],
+)
 def test_a_program_holds_no_wide_array_from_the_forward_to_the_backward_pass(dtype, unroll):
   """XLA for CPUs would come back from 8 bits as soon as it can: in the forward pass."""
   config = c.Wukong(layers=4, fmb_units=16, lcb_units=16, rank=16, mlp=(512,), head=(32,))
