@@ -46,7 +46,7 @@ class Kept:
   def pullback(self, gradients: Any) -> Callable:
     """With its arrays, which come back when the gradients of the layer's outputs are there."""
     floats = [g for g in jax.tree.leaves(gradients) if g.dtype != jax.dtypes.float0]
-    there = [g.ravel()[0] for g in floats]
+    there = [g.ravel()[:1] for g in floats]
     arrays = [_unpack(x, there) for x in self.arrays]
 
     def made(recipe):
