@@ -9,7 +9,8 @@ uneven, the many light ones even out.
 
 Costs are of K kinds: the first is what an example costs in all, by which it is dealt; the others,
 as the events of each of several histories, are to be even, too. Among examples of like cost it is
-the kind that is most uneven so far, beside its deviation among examples, that decides.
+the kind that is most uneven so far, beside its deviation among examples, that decides, if they
+differ in it.
 
 Letters: n examples, K kinds of cost, G groups.
 """
@@ -48,7 +49,8 @@ def groups(cost_Kn: np.ndarray, sizes_G: list[int], rng: np.random.Generator) ->
   for r in range(rows):
     dealt = np.flatnonzero(sizes_G * (r + 1) // rows > sizes_G * r // rows)
     row = falling_n[first : first + len(dealt)]
-    k = np.argmax(excess_KG[:, dealt].std(1) / scale_K)
+    uneven_K = excess_KG[:, dealt].std(1) / scale_K
+    k = np.argmax(np.where(cost_Kn[:, row].std(1) > 0, uneven_K, 0))  # Else the row mends nothing.
     row = row[np.argsort(-cost_Kn[k, row], kind="stable")]
     dealt = rng.permutation(dealt)
     dealt = dealt[np.argsort(excess_KG[k, dealt], kind="stable")]
@@ -80,13 +82,13 @@ def _left(gaps: list[list[float]], weight_K: list[float]) -> list[bool]:
   """
   ahead_K, out, k = [0.0] * len(weight_K), [], 0
   for gap_K in gaps:
+    if len(ahead_K) > 1:
+      uneven_K = [abs(a * w) if gap else 0 for a, w, gap in zip(ahead_K, weight_K, gap_K)]
+      k = uneven_K.index(max(uneven_K))
     left = ahead_K[k] <= 0 if gap_K[k] >= 0 else ahead_K[k] > 0
     out.append(left)
     for i, gap in enumerate(gap_K):
       ahead_K[i] += gap if left else -gap
-    if len(ahead_K) > 1:
-      uneven_K = [abs(a * w) for a, w in zip(ahead_K, weight_K)]
-      k = uneven_K.index(max(uneven_K))
   return out
 
 

@@ -17,7 +17,8 @@ _STEP, _LEAST = 8, event_capacity(0)  # Slots: sizes are multiples, and none is 
 class Rooms(NamedTuple):
   """The sizes C RATIO^j: j = 0 holds all batches that were measured, j = 1, 2, .. are for those of
   which it would leave more empty, and j < 0 for what outgrows it. So no more than 15 % of the slots
-  of one history are empty; of several, which are dealt alike (balance.py), not of all of them.
+  of the fullest shard are empty, of one history, and of several in one of them: those of one batch
+  have the same j. Other shards and histories have what dealing (balance.py) leaves them.
 
   All histories of a batch have the same j, the largest that serves them all: a function of the
   batch alone, so that a run that resumes has the programs, thus the bits, of one that was not

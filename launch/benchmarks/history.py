@@ -8,8 +8,8 @@ Padding is measured against the batch of 500 events each. "ragged" are histories
 events, as many in all, half of which a batch padded to its longest would waste, dealt and given
 slots as by the pipeline. "half_full" is that batch of 500 events each in a run whose fullest batch
 has twice as many, in the slots that the pipeline then gives it; "seventh_empty" has as many empty
-ones as the pipeline leaves at most (gemjax/data/rooms.py). "forced" is what the step alone takes
-with as many empty slots as events, a batch that the pipeline does not make.
+ones as the pipeline leaves its fullest device at most (gemjax/data/rooms.py). "forced" is what the
+step takes with as many empty slots as events, as a device of few short ones may have.
 
 NE is that of `launch/train.py --config=configs/gem_movielens.py --config.data.history=EVENTS` on
 ML-1M, seed 0, where GEMJAX_DATA is a folder that holds ml-1m; finished runs in GEMJAX_RUNS (default

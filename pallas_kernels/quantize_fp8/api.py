@@ -92,7 +92,7 @@ def dequantize_fp8(
       f"{values.dtype} of shape {values.shape} and {scales.dtype} of shape {scales.shape}"
     )
   x = values.astype(jnp.float32)
-  largest = float(jnp.finfo(dtype).max)
+  largest = jnp.float32(jnp.finfo(dtype).max)
   product = x * layout.spread(scales, values.shape)
   within = jax.lax.clamp(-largest, product, largest)
   return jax.lax.select(jnp.isfinite(x), within, product).astype(dtype)
