@@ -10,9 +10,9 @@ before. B and the seed must be those of the run that is resumed. The batch is ma
 devices, the shards: shard s is rows [s B / N, (s + 1) B / N), with its events packed by itself.
 
 With a `cost`, blocks are dealt to windows so that each has some of every part of the file, examples
-to batches so that all cost alike, and those of a batch to its halves, quarters and so on
-(balance.py). It is all a function of the seed, the epoch and B: neither processes nor devices
-change a batch. Slots for events come in few sizes (rooms.py), of which one serves, as a rule.
+to batches so that all cost alike and have as many events of each of several histories, and those of
+a batch to its halves, quarters and so on (balance.py). It is all a function of the seed, the epoch
+and B: neither processes nor devices change a batch. Slots for events come in few sizes (rooms.py).
 
 Evaluation takes every example once, in as few batches as can hold them, all with nearly as many
 examples: rows that are left over are examples of no cost and no weight. It is dealt like an epoch

@@ -22,7 +22,8 @@ class Rooms(NamedTuple):
 
   All histories of a batch have the same j, the largest that serves them all: a function of the
   batch alone, so that a run that resumes has the programs, thus the bits, of one that was not
-  broken off. Batches that are dealt by cost differ little, and j is 0, as a rule.
+  broken off. Batches that are dealt by cost differ little where a device has many examples, and j
+  is 0, as a rule.
   """
 
   first: Sizes  # C.

@@ -70,7 +70,7 @@ def _padded() -> dict[str, tuple[int, np.ndarray, int]]:
 
   def slots(fullest):
     """Of a batch of `events` in a run whose fullest has so many."""
-    rooms = Rooms.measured([{"rated": fullest}], {"rated": 2 * events}, MARGIN)
+    rooms = Rooms.measured([{"rated": fullest}], {"rated": 4 * events}, MARGIN)
     return rooms.of({"rated": events})["rated"]
 
   return {
