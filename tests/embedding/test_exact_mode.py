@@ -39,7 +39,7 @@ class Trajectory:
     self.stacks = stacks
 
 
-SLOW = [(4, 2), (1, 8), (1, 3)]
+SLOW = [(4, 2), (1, 8), (1, 3), (2, 3)]
 PARAMS = [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MESHES]
 
 
