@@ -94,5 +94,5 @@ def _left(gaps: list[list[float]], weight_K: list[float]) -> list[bool]:
 
 def _scale(cost_Kn: np.ndarray) -> np.ndarray:
   """The deviation of each kind of cost; infinite where all cost the same."""
-  deviation_K = cost_Kn.std(1) if cost_Kn.size else np.zeros(len(cost_Kn))
+  deviation_K = cost_Kn.std(1)
   return np.where(deviation_K > 0, deviation_K, np.inf)
