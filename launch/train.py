@@ -35,9 +35,8 @@ def main():
     join_seconds=_JOIN_SECONDS.value, stall_seconds=_STALL_SECONDS.value
   ) as peers:
     # Seconds of imports, which wrong flags need not wait for.
-    cli.import_without(
-      "grain", "orbax.checkpoint"
-    )  # A third of a second, needed with the first save.
+    cli.import_without("grain", "orbax.checkpoint")  # .3 s, needed with the first save.
+    cli.import_without("tensorboardX", "torch")  # 2 s, where there is PyTorch.
     import jax
 
     from gemjax.train.loop import train

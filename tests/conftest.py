@@ -4,7 +4,11 @@ With JAX_PLATFORMS=cuda it has the GPUs instead, on which the kernels are no lon
 `JAX_PLATFORMS=cuda python -m pytest tests/pallas_kernels`.
 """
 
+import gc
 import os
+
+# Tracing makes millions of objects that stay: a tenth of all time was looking through them.
+gc.set_threshold(200_000, 100, 100)
 
 # Before JAX is first used. With the CUDA wheels and no driver, JAX would print a traceback.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

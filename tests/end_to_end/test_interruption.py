@@ -1,5 +1,6 @@
 """A run that is killed, however often and whenever, ends as the one that never was: to the bit."""
 
+import functools
 import json
 import pathlib
 import random
@@ -15,24 +16,29 @@ from gemjax.checkpoint import Checkpoints
 from gemjax.checkpoint.checkpoints import TEMPORARY
 from gemjax.train.workdir import CHECKPOINTS, SUMMARY
 
-# Eight kills wait for an evaluation each, once an epoch.
-LONG = {"config__train__epochs": 8, "config__checkpoint__every": 3}
-STEPS = 250
+STEPS_AN_EPOCH = 31  # Of tiny.py, an evaluation every eighth.
 
 
-def start(workdir, data, cache):
+def start(workdir, data, cache, epochs=3):
   return tiny.start(
-    "train", cache=cache, config=tiny.FILE, workdir=workdir, config__data__path=data, **LONG
-  )
+    "train", cache=cache, config=tiny.FILE, workdir=workdir, config__data__path=data,
+    config__train__epochs=epochs, config__checkpoint__every=3,
+  )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, data, cache):
-  workdir = tmp_path_factory.mktemp("unbroken") / "run"
-  process = start(workdir, data, cache)
-  _, err = process.communicate(timeout=300)
-  assert process.returncode == 0, err
-  return workdir
+  """Workdirs of finished runs, by their epochs."""
+
+  @functools.cache
+  def of(epochs):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    process = start(workdir, data, cache, epochs)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return workdir
+
+  return of
 
 
 def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
@@ -80,15 +86,18 @@ def saving(workdir, process) -> bool:
   return False
 
 
-# How often in start-up, while it trains and evaluates, while it saves.
-@pytest.mark.parametrize("counts", [(1, 1, 1), pytest.param((2, 5, 3), marks=pytest.mark.slow)])
-def test_killed_at_random_moments(counts, unbroken, data, cache, tmp_path):
+# How often in start-up, while it trains and evaluates, while it saves; the last two wait for an
+# evaluation each.
+@pytest.mark.parametrize(
+  ("counts", "epochs"), [((1, 1, 1), 3), pytest.param((2, 5, 3), 8, marks=pytest.mark.slow)]
+)
+def test_killed_at_random_moments(counts, epochs, unbroken, data, cache, tmp_path):
   workdir, rng = tmp_path / "run", random.Random(0)
   moments = np.repeat(["start", "train", "save"], counts).tolist()
   rng.shuffle(moments)
   completed = []
   for moment in moments:
-    process = start(workdir, data, cache)
+    process = start(workdir, data, cache, epochs)
     if moment == "start":
       time.sleep(rng.uniform(0, 5))
     else:
@@ -104,12 +113,12 @@ def test_killed_at_random_moments(counts, unbroken, data, cache, tmp_path):
     completed.append(steps[-1] if steps else 0)
     process.stdout.close(), process.stderr.close()
   assert completed == sorted(completed), "a complete checkpoint was lost"
-  assert 0 < completed[-1] < STEPS, completed
-  process = start(workdir, data, cache)
+  assert 0 < completed[-1] < epochs * STEPS_AN_EPOCH, completed
+  process = start(workdir, data, cache, epochs)
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
   assert "resuming from the checkpoint of step" in out
-  assert_same_end(workdir, unbroken)
+  assert_same_end(workdir, unbroken(epochs))
 
 
 def test_sigterm_and_ctrl_c_save_or_lose_nothing(unbroken, data, cache, tmp_path):
@@ -119,7 +128,7 @@ def test_sigterm_and_ctrl_c_save_or_lose_nothing(unbroken, data, cache, tmp_path
   process.terminate()
   error = tiny.sentence(process, 143)
   step = int(error.split("after step ")[1].split(" of")[0])
-  assert 0 < step < STEPS and "the same command goes on from there" in error
+  assert 0 < step < 3 * STEPS_AN_EPOCH and "the same command goes on from there" in error
   checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
   assert checkpoints.steps[-1] == step and not (workdir / SUMMARY).exists()
 
@@ -133,7 +142,7 @@ def test_sigterm_and_ctrl_c_save_or_lose_nothing(unbroken, data, cache, tmp_path
   process = start(workdir, data, cache)
   _, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
-  assert_same_end(workdir, unbroken)
+  assert_same_end(workdir, unbroken(3))
 
 
 def test_sigterm_before_the_first_step_leaves_no_half_made_data(tmp_path):

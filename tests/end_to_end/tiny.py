@@ -93,14 +93,14 @@ def start(binary: str, *, cache=None, env=None, **flags) -> subprocess.Popen:
   """A process of its own, which gives the bits of this one; config__train__seed=1 is
   --config.train.seed=1.
 
-  `cache` is a folder of compiled programs, which saves time.
+  `cache` is a folder of compiled programs of the binary that trains, which saves time.
   """
+  if cache:
+    flags["config__compilation__cache"] = cache / "executables"
   given = [f"--{name.replace('__', '.')}={value}" for name, value in flags.items()]
   import compiled_quickly  # This file is a config, too: in the binaries, without pytest's paths.
 
   env = {"XLA_FLAGS": compiled_quickly.XLA_FLAGS} | (env or {})
-  if cache:
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(cache)} | CACHE_ALL
   return start_command([binary, *given], env=env)
 
 

@@ -144,8 +144,6 @@ def test_fmb_is_not_cut_by_a_relu():
   """A ReLU on the FMB's output is the known fault of open implementations."""
   config = WukongConfig(layers=1, fmb_units=2, lcb_units=2, rank=2, mlp=(8,), head=())
   graph, params = build(config, 4)
-  layer = nnx.merge(graph, params).first or nnx.merge(graph, params)
-  del layer
   one = jax.tree.map(lambda p: p[0], params["layers"])
   flat = np.random.default_rng(0).normal(size=(100, 8))
   assert (mlp(flat, jax.tree.map(np.asarray, one["mlp"])) < 0).mean() > 0.2
