@@ -17,14 +17,9 @@ from gemjax.features import UNLABELLED, Batch, Dense, FeatureSet, Jagged, Sequen
 from gemjax.train.flops import matmul_flops
 from gemjax.train.losses import binary_cross_entropy
 from gemjax.train.optimizer import dense_optimizer, schedule
+from gemjax.train.programs import Programs
 from gemjax.train.state import NEVER, init_state, make_trainer
-from gemjax.train.step import (
-  look_up_step,
-  plan_step,
-  predict_step,
-  settle_step,
-  train_step,
-)
+from gemjax.train.step import plan_step, predict_step, train_step
 
 B = 16
 
@@ -91,14 +86,19 @@ def test_a_step_equals_dense_training_of_whole_tables():
   params, opt_state = state.params, state.opt_state
   tables = {w: s.rows_RW for w, s in state.stacks.items()}
   step = jax.jit(step_of(t))
-  oracle = jax.jit(jax.value_and_grad(functools.partial(dense_loss, t), argnums=(0, 1)))
+  oracle = jax.value_and_grad(functools.partial(dense_loss, t), argnums=(0, 1))
+
+  @jax.jit
+  def dense_step(params, opt_state, tables, b):
+    loss, (dp, dt) = oracle(params, tables, b)
+    updates, opt_state = t.optimizer.update(dp, opt_state, params)
+    tables = {w: (1 - 0.1 * 0.2) * tables[w] - 0.1 * dt[w] for w in tables}
+    return optax.apply_updates(params, updates), opt_state, tables, loss
+
   for i in range(12):
     b = batch(i)
     state, loss = step(state, b)
-    expected, (dp, dt) = oracle(params, tables, b)
-    updates, opt_state = t.optimizer.update(dp, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    tables = {w: (1 - 0.1 * 0.2) * tables[w] - 0.1 * dt[w] for w in tables}
+    params, opt_state, tables, expected = dense_step(params, opt_state, tables, b)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
   for name, s in state.stacks.items():
     missed_R = s.clock[0] - s.marks_R
@@ -134,14 +134,14 @@ def test_a_step_in_bfloat16_is_near_that_in_float32():
   config = dataclasses.replace(exact.config, train=narrow)
   tables = {}
   for t in (exact, make_trainer(config, features(), steps=100)):
-    state, b = init_state(t, 0), batch()
-    born = state.stacks
-    ahead, step = look_up_step(t, state, plan_step(t, b)), jax.jit(functools.partial(train_step, t))
+    programs, b = Programs(t), batch()
+    state = programs.born()
+    ahead, born = programs.ahead(state, b), jax.device_get(state.stacks)
     for _ in range(2):
-      state, ahead, _ = step(state, ahead, b, b)
+      state, ahead, _ = programs.step(state, ahead, b, b)
     dtypes = {x.dtype for x in (*ahead.rows.values(), *ahead.owed.grads.values())}
     assert dtypes == {jnp.dtype(t.config.train.dtype)}
-    state = settle_step(t, state, ahead.owed)
+    state = programs.settle(state, ahead)
     tables[t.config.train.dtype] = {n: s.rows_RW - born[n].rows_RW for n, s in state.stacks.items()}
   for name, moved in tables["float32"].items():
     error = jnp.linalg.norm(tables["bfloat16"][name] - moved) / jnp.linalg.norm(moved)
