@@ -39,7 +39,7 @@ class Compiled:
     out_shardings: Any = None,
   ):
     self._name, self._executables, self._varying = name, executables, varying
-    self._jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
+    self.jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
     self._programs: dict[Any, Executable] = {}
     self.seconds = 0.0
 
@@ -68,6 +68,6 @@ class Compiled:
   def _made(self, key: Any, args: Callable[[], tuple]) -> Executable:
     def make() -> Executable:
       loaded = self._executables.load(self._name, key)
-      return loaded or self._executables.compile(self._name, key, self._jitted.lower(*args()))
+      return loaded or self._executables.compile(self._name, key, self.jitted.lower(*args()))
 
     return after_first_process(self._name, make)

@@ -13,11 +13,14 @@ from jax.interpreters import partial_eval
 def matmul_flops(function: Callable, *args: Any) -> int:
   """2 M N K summed over every matrix product of `function(*args)`, loops times their trips.
 
+  Of a function of `jax.jit` that was traced for such arguments before, that trace is counted.
+
   Counted on the traced program less what nothing reads, so that it is the same on every machine;
   element-wise work and look-ups are not counted, nor are loops that end where the data do and
   kernels: those of jagged ops, which cost.py counts. Arguments may be `jax.ShapeDtypeStruct`s.
   """
-  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  jitted = function if hasattr(function, "trace") else jax.jit(function)
+  jaxpr = jitted.trace(*args).jaxpr.jaxpr
   used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   return _count(used)
 

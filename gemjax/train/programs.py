@@ -179,9 +179,10 @@ class Programs:
 
   def flops(self, state: TrainState, batch: Batch) -> float:
     """Of the matrix products of one training step with the events of `batch`."""
-    ahead = jax.eval_shape(functools.partial(plan_step, self._trainer), batch)
-    step = functools.partial(train_step, self._trainer)
-    return matmul_flops(step, state, ahead, batch, batch) + self._jagged_flops(batch)
+    ahead = _placed(jax.eval_shape(self._plan.jitted, batch), batch)
+    if self._look_up:
+      ahead = _placed(jax.eval_shape(self._look_up.jitted, state, ahead), batch)
+    return matmul_flops(self._step.jitted, state, ahead, batch, batch) + self._jagged_flops(batch)
 
   def _jagged_flops(self, batch: Batch) -> float:
     lengths = {name: to_host(events.lengths_B) for name, events in batch.histories.items()}
