@@ -104,11 +104,13 @@ def _write(x_HTD: jax.Array, row_CB, inside_CB, y_CHBD: jax.Array) -> jax.Array:
 
 def _add(x_HDT: jax.Array, start_C: jax.Array, y_CHDB: jax.Array) -> jax.Array:
   """x with the columns y added from `start` on, tile behind tile; x has room for the last."""
-  for start, y_HDB in zip(start_C, y_CHDB):
-    at = jnp.int32(0), jnp.int32(0), start
-    old = jax.lax.dynamic_slice(x_HDT, at, y_HDB.shape)
-    x_HDT = jax.lax.dynamic_update_slice(x_HDT, old + y_HDB, at)
-  return x_HDT
+
+  def step(c, x_HDT):  # A loop: C copies of it were half of a model's program.
+    at = jnp.int32(0), jnp.int32(0), start_C[c]
+    y_HDB = y_CHDB[c] + jax.lax.dynamic_slice(x_HDT, at, y_CHDB.shape[1:])
+    return jax.lax.dynamic_update_slice(x_HDT, y_HDB, at)
+
+  return jax.lax.fori_loop(0, len(start_C), step, x_HDT)
 
 
 def forward(form: Form, q_THD, k_EHD, v_EHD, tables, plan: Plan) -> Saved:
