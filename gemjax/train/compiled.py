@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -67,7 +69,22 @@ class Compiled:
 
   def _made(self, key: Any, args: Callable[[], tuple]) -> Executable:
     def make() -> Executable:
-      loaded = self._executables.load(self._name, key)
-      return loaded or self._executables.compile(self._name, key, self.jitted.lower(*args()))
+      if loaded := self._executables.load(self._name, key):
+        return loaded
+      with _without_collection():
+        lowered = self.jitted.lower(*args())
+      return self._executables.compile(self._name, key, lowered)
 
     return after_first_process(self._name, make)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+  """Tracing makes millions of objects that stay, a fifth of whose time Python looks for cycles."""
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if enabled:
+      gc.enable()
