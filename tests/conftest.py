@@ -7,9 +7,6 @@ With JAX_PLATFORMS=cuda it has the GPUs instead, on which the kernels are no lon
 import gc
 import os
 
-# Tracing makes millions of objects that stay: a tenth of all time was looking through them.
-gc.set_threshold(200_000, 100, 100)
-
 # Before JAX is first used. With the CUDA wheels and no driver, JAX would print a traceback.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -24,6 +21,8 @@ else:
 
 import jax  # noqa: E402
 
+# Tracing makes millions of objects that stay: a tenth of all time was looking through them.
+gc.set_threshold(200_000, 100, 100)
 jax.config.update("jax_num_cpu_devices", 8)
 if compiled_quickly.ON_GPU:
   jax.config.update("jax_default_matmul_precision", "highest")  # Of XLA; else TF32.
