@@ -14,7 +14,7 @@ import tqdm
 
 from gemjax.parallel.peers import Peers
 
-if TYPE_CHECKING:  # Imported with the first figures: where there is PyTorch, it loads that, too.
+if TYPE_CHECKING:  # Imported with the first figures: it loads PyTorch where it may.
   from tensorboardX.event_file_writer import EventsWriter
 
 
