@@ -20,9 +20,6 @@ RESERVED = 2
 
 UNLABELLED = 255  # In the place of a label: the example teaches this task nothing.
 
-# Of the capacities of histories: shards that are balanced need little more than their mean.
-HISTORY_STEPS = 16
-
 MAX_ROWS = 2**40  # Of a table: with 256 numbers in bf16 each, they fill 7000 GPUs of 80 GB.
 
 
@@ -253,13 +250,10 @@ def split_words(ids: np.ndarray) -> np.ndarray:
   return ids[..., None].view("<u4")
 
 
-def event_capacity(events: int, *, steps: int = 2) -> int:
-  """Smallest of 64 2^k (1 + i / steps), i = 0 .. steps - 1, that holds `events`.
-
-  With two steps an octave: 64, 96, 128, 192, 256, ...
-  """
+def event_capacity(events: int) -> int:
+  """Smallest of 64 2^k (1 + i / 16), i = 0 .. 15, that holds `events`: 64, 68, .., 128, 136, .."""
   if events <= 64:
     return 64
   octave = 1 << ((events - 1).bit_length() - 1)  # 64 2^k, below `events`.
-  step = octave // steps
+  step = octave // 16
   return octave + -(-(events - octave) // step) * step

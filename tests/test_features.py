@@ -67,8 +67,8 @@ def test_json_that_is_no_feature_set_is_named():
 
 def test_capacities_are_few_and_never_too_small():
   capacities = [event_capacity(n) for n in range(5000)]
-  assert all(n <= c <= max(64, 1.5 * n) for n, c in enumerate(capacities))
-  assert len(set(capacities)) == 14  # 64, 96, 128, ..., 6144
+  assert all(n <= c < max(65, n * 17 / 16) for n, c in enumerate(capacities))
+  assert len(set(capacities)) == 101 and capacities == sorted(capacities)  # 64, 68, .., 5120
 
 
 @pytest.mark.parametrize(("size", "wide"), [(9, False), (2**31, False), (2**31 + 1, True)])

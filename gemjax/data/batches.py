@@ -35,11 +35,13 @@ from gemjax.data.packing import make_batch
 from gemjax.data.prepared import PreparedData, concatenate, examples, take
 from gemjax.data.recent import Recent
 from gemjax.data.rooms import Rooms
-from gemjax.features import Batch, event_capacity
+from gemjax.features import Batch
 
 # Batches in flight touch the window that ends and the one that begins; the third is slack.
 RECENT_WINDOWS = 3
-MARGIN = 0.03  # Share of slots beyond what the first windows need: later ones differ a little.
+# Share of slots beyond what the first windows need: later ones differ a little, those of sequences,
+# which are not dealt, more.
+MARGIN, UNDEALT_MARGIN = 0.03, 0.15
 
 # Events that each example sees, by history, to what each example costs.
 Cost = Callable[[dict[str, np.ndarray]], np.ndarray]
@@ -105,6 +107,7 @@ class Batches(grain.MapDataset[Batch]):
     self._longest = {
       f.name: min(history_length or f.max_length, f.max_length) for f in data.features.history
     }
+    self._sequences = {f.name: f.max_length for f in data.features.sequence}
     self._rooms = Recent(self._make_rooms, 1)
     self._epochs = Recent(self._make_epoch, 2)
     self._windows = Recent(self._make_window, RECENT_WINDOWS)
@@ -115,10 +118,9 @@ class Batches(grain.MapDataset[Batch]):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return self.slice(index)
-    rooms = self._rooms(None)  # First of all: it may push windows out that this batch needs.
+    histories, sequences = self._rooms(None)  # First: it may push out windows that we need.
     runs, order_B = self._examples_of(index)
     events = self._events(runs, order_B)
-    capacities = {f.name: event_capacity(events[f.name]) for f in self._features.sequence}
     columns, places = self._own(runs, order_B)
     return make_batch(
       columns,
@@ -127,7 +129,7 @@ class Batches(grain.MapDataset[Batch]):
       places=places,
       rows=self._rows,
       shards=self._own_shards,
-      capacities=capacities | rooms.of(events),
+      capacities=histories.of(events) | sequences.of(events, shrink=False),
     )
 
   def _start(self, index: int) -> int:
@@ -223,17 +225,23 @@ class Batches(grain.MapDataset[Batch]):
     processes run one program.
     """
     out = {}
-    for name in [f.name for f in self._features.sequence] + list(self._longest):
+    for name in self._sequences | self._longest:
       lengths_n = np.concatenate([columns[f"{name}.lengths"][rows] for columns, rows in runs])
       lengths_B = self._filled(lengths_n)[order_B]
       out[name] = int(lengths_B.reshape(self._shards, -1).sum(1).max())
     return out
 
-  def _make_rooms(self, _) -> Rooms:
-    """From the batches of the first windows."""
+  def _make_rooms(self, _) -> tuple[Rooms, Rooms]:
+    """Of histories and of sequences, from the batches of the first windows."""
+    if not self._longest and not self._sequences:
+      return (Rooms({}, {}),) * 2
     behind = int(self._epochs(0)[1][: RECENT_WINDOWS + 1][-1])
     count = max(1, len(self._borders(0, behind + 1)))
-    batches = [self._events(*self._examples_of(t)) for t in range(count)] if self._longest else []
+    batches = [self._events(*self._examples_of(t)) for t in range(count)]
     rows = self._batch_size // self._shards
-    limit = {name: rows * longest for name, longest in self._longest.items()}
-    return Rooms.measured(batches, limit, 0.0 if count == len(self) else MARGIN)
+
+    def measured(longest: dict[str, int], margin: float) -> Rooms:
+      limit = {name: rows * most for name, most in longest.items()}
+      return Rooms.measured(batches, limit, 0.0 if count == len(self) else margin)
+
+    return measured(self._longest, MARGIN), measured(self._sequences, UNDEALT_MARGIN)

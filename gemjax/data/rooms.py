@@ -1,4 +1,4 @@
-"""Rooms: how many slots a shard has for the events of each history, of a few sizes."""
+"""Rooms: how many slots a shard has for its events, of each history or sequence, of a few sizes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from gemjax.features import HISTORY_STEPS, event_capacity
+from gemjax.features import event_capacity
 
-Sizes = dict[str, int]  # History -> events, or slots for them.
+Sizes = dict[str, int]  # History or sequence -> events, or slots for them.
 
 RATIO = Fraction(17, 20)  # Of a size and the next larger one; exact, for all hosts must agree.
 _STEP, _LEAST = 8, event_capacity(0)  # Slots: sizes are multiples, and none is smaller.
@@ -23,7 +23,7 @@ class Rooms(NamedTuple):
   All histories of a batch have the same j, the largest that serves them all: a function of the
   batch alone, so that a run that resumes has the programs, thus the bits, of one that was not
   broken off. Batches that are dealt by cost differ little where a device has many examples, and j
-  is 0, as a rule.
+  is 0, as a rule. Sequences, which nothing deals and whose empty slots cost little, take j <= 0.
   """
 
   first: Sizes  # C.
@@ -36,21 +36,20 @@ class Rooms(NamedTuple):
     No shard can have more than `limit`.
     """
     most = {n: max(int(b[n] * (1 + margin)) for b in batches) for n in limit}
-    capacity = lambda events: event_capacity(events, steps=HISTORY_STEPS)
-    largest = {n: capacity(events) for n, events in limit.items()}
-    return Rooms({n: min(capacity(most[n]), size) for n, size in largest.items()}, largest)
+    largest = {n: event_capacity(events) for n, events in limit.items()}
+    return Rooms({n: min(event_capacity(most[n]), size) for n, size in largest.items()}, largest)
 
-  def of(self, events: Sizes) -> Sizes:
-    """Slots a shard, by history, for a batch whose fullest shards have so many events.
+  def of(self, events: Sizes, *, shrink: bool = True) -> Sizes:
+    """Slots a shard, by name, for a batch whose fullest shards have so many events.
 
-    Raises ValueError for more than the limit.
+    Without `shrink` no fewer than C. Raises ValueError for more than the limit.
     """
     if not _fits(events, self.limit):
       raise ValueError(f"shards of {events} events, but none can have more than {self.limit}")
     j = 0
     while not _fits(events, self._size(j)):
       j -= 1
-    while _fits(events, self._size(j + 1)) and self._size(j + 1) != self._size(j):
+    while shrink and _fits(events, self._size(j + 1)) and self._size(j + 1) != self._size(j):
       j += 1
     return self._size(j)
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from gemjax import config as config_lib
 from gemjax.config import ConfigError
 from gemjax.embedding.lookup import positions
-from gemjax.features import HISTORY_STEPS, Batch, Events, FeatureSet, Jagged, event_capacity
+from gemjax.features import Batch, Events, FeatureSet, Jagged, event_capacity
 from gemjax.layers.dropout import example_keys
 from gemjax.layers.saved import bytes_saved
 from gemjax.parallel.arrays import BATCH
@@ -125,6 +125,6 @@ def largest_batch(config: config_lib.Config, features: FeatureSet, shards: int) 
       )
       for f in features.history
       for longest in [min(f.max_length, config.data.history or f.max_length)]
-      for events in [shards * event_capacity(per * longest, steps=HISTORY_STEPS)]
+      for events in [shards * event_capacity(per * longest)]
     },
   )

@@ -10,19 +10,18 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
+import jax
 from jax.sharding import Mesh
 
-from gemjax.features import Batch, Jagged
+from gemjax.features import Batch
 from gemjax.parallel.arrays import to_devices
 
 
 class Feed:
   """`upcoming` is the batch that `advance` returns; both are global arrays.
 
-  Batches come in few shapes, each of which is a program: histories have the slots that the pipeline
-  gave them, those of a sequence never shrink. The step between two shapes is a program of its own;
-  where rows are read ahead that of the batch before counts, too.
+  Batches come in few shapes (gemjax/data/rooms.py), each of which is a program, as is the step
+  between two of them; where rows are read ahead that of the batch before counts, too.
 
   Args:
     batches: This process' batches, with `get_state` and `set_state`.
@@ -31,9 +30,7 @@ class Feed:
 
   def __init__(self, batches: Iterator[Batch], mesh: Mesh):
     self._batches, self._mesh = batches, mesh
-    self._shards = len(mesh.local_devices)
-    self._capacities: dict[str, int] = {}
-    self._seen: set[tuple[tuple[str, int], ...]] = set()
+    self._seen: set[tuple[tuple[int, ...], ...]] = set()
     self._used = self._room = 0  # Slots of histories since `padding` was last asked for.
     self._ahead: deque[tuple[Any, Batch]] = deque()  # (position, batch) of those already read.
 
@@ -45,8 +42,9 @@ class Feed:
     """The batch that so many others precede."""
     while len(self._ahead) <= count:
       position = self._batches.get_state()
-      batch = to_devices(self._mesh, self._grown(next(self._batches)))
-      self._ahead.append((position, batch))
+      batch = next(self._batches)
+      self._count(batch)
+      self._ahead.append((position, to_devices(self._mesh, batch)))
     return self._ahead[count][1]
 
   def advance(self) -> Batch:
@@ -75,22 +73,8 @@ class Feed:
     self._used = self._room = 0
     return share
 
-  def _grown(self, batch: Batch) -> Batch:
-    sequences = {
-      name: Jagged(self._with_room(name, jagged.values_E), jagged.lengths_B)
-      for name, jagged in batch.sequences.items()
-    }
+  def _count(self, batch: Batch) -> None:
     for events in batch.histories.values():
       self._used += int(events.lengths_B.sum())
       self._room += len(events.age_E)
-    rooms = {name: len(events.age_E) for name, events in batch.histories.items()}
-    self._seen.add(tuple((rooms | self._capacities).items()))
-    return batch._replace(sequences=sequences)
-
-  def _with_room(self, name: str, values_E: np.ndarray) -> np.ndarray:
-    """With as many slots a shard as any batch so far has had."""
-    events = len(values_E) // self._shards
-    capacity = self._capacities[name] = max(events, self._capacities.get(name, 0))
-    x_NE = values_E.reshape(self._shards, events, *values_E.shape[1:])
-    x_NE = np.pad(x_NE, [(0, 0), (0, capacity - events)] + [(0, 0)] * (x_NE.ndim - 2))
-    return x_NE.reshape(-1, *values_E.shape[1:])
+    self._seen.add(tuple(x.shape for x in jax.tree.leaves(batch)))

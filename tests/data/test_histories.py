@@ -25,7 +25,7 @@ from gemjax.data.blocks import CorruptBlockError, encode_block
 from gemjax.data.histories import CorruptHistoryError, by_user, locate, write_history
 from gemjax.data.pipeline import evaluation_batches, train_batches
 from gemjax.data.prepared import open_prepared, take
-from gemjax.features import HISTORY_STEPS, event_capacity
+from gemjax.features import event_capacity
 
 HISTORY = FEATURES.history[0]
 
@@ -62,28 +62,23 @@ def test_each_shard_has_its_own_slots(data, shards):
       assert not slots[len(of) :].any()
 
 
-def test_sixteen_steps_an_octave():
-  capacities = [event_capacity(n, steps=HISTORY_STEPS) for n in range(65, 2049)]
-  assert all(n <= c < n * 17 / 16 for n, c in enumerate(capacities, 65))
-  assert len(set(capacities)) == 5 * 16 and capacities == sorted(capacities)
-
-
 def test_rooms_have_a_margin_beyond_what_was_measured(data):
   """All batches of the first three windows, here all of an epoch; none can have 100 * 50 events."""
   options = {"cost": lambda lengths: 1 + lengths["past"]}
   batches = stream(data, 10, batch_size=100, window_blocks=6, **options)
   most = max(b.histories["past"].lengths_B.sum() for b in batches)
-  room = event_capacity(int(most * 1.03), steps=HISTORY_STEPS)
+  room = event_capacity(int(most * 1.03))
   assert max(len(b.histories["past"].age_E) for b in batches) == room
   (batch,) = evaluation_batches(data, "train", batch_size=N, history_length=1, **options)
-  assert len(batch.histories["past"].age_E) <= event_capacity(N, steps=HISTORY_STEPS)
+  assert len(batch.histories["past"].age_E) <= event_capacity(N)
 
 
 def test_slots_are_few_and_do_not_change_with_the_place_of_resumption(data):
   options = {"batch_size": 100, "seed": 1, "cost": lambda lengths: 1 + lengths["past"]}
   whole = stream(data, 30, **options)
-  shapes = {b.histories["past"].age_E.shape for b in whole}
-  assert len(shapes) <= 2
+  assert len({b.histories["past"].age_E.shape for b in whole}) <= 2
+  for name in ("g", "h"):
+    assert len({b.sequences[name].values_E.shape for b in whole}) <= 2
   late = iter(train_batches(data, **options))
   state = late.get_state()
   assert state["next_index"] == 0

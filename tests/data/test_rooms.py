@@ -4,13 +4,9 @@ import numpy as np
 import pytest
 
 from gemjax.data.rooms import RATIO, Rooms
-from gemjax.features import HISTORY_STEPS, event_capacity
+from gemjax.features import event_capacity as capacity
 
 MARGIN = 0.03
-
-
-def capacity(events):
-  return event_capacity(events, steps=HISTORY_STEPS)
 
 
 def rooms(events, limit=10**9):
@@ -60,6 +56,13 @@ def test_histories_shrink_and_grow_together():
   assert {a for a, _ in sizes} == alone and len(sizes) == len(alone) > 5
   assert size(10, 500) == size(10_000, 500)
   assert size(10, 600)[0] > 10_300
+
+
+def test_sequences_never_have_less_than_what_was_measured():
+  of = Rooms.measured([{"a": 10_000, "b": 500}], {"a": 10**6, "b": 10**6}, MARGIN)
+  size = lambda a, b: of.of({"a": a, "b": b}, shrink=False)
+  assert size(0, 0) == size(10_000, 500) == of.of({"a": 10_000, "b": 500})
+  assert size(20_000, 0) == of.of({"a": 20_000, "b": 0}) and size(20_000, 0)["a"] >= 20_000
 
 
 def test_what_was_never_seen_has_the_least_room():
