@@ -61,11 +61,14 @@ def groups(cost_Kn: np.ndarray, sizes_G: list[int], rng: np.random.Generator) ->
   return shuffled_n[np.argsort(group_n[shuffled_n], kind="stable")]
 
 
-def halves(cost_Kn: np.ndarray) -> np.ndarray:
-  """An order in which both halves cost alike, and both halves of each, while they are even."""
+def halves(cost_Kn: np.ndarray, shards: int | None = None) -> np.ndarray:
+  """An order in which both halves cost alike, and both halves of each, while they are even.
+
+  With `shards` only which shard has an example is as without, not where in the shard it is.
+  """
   weight_K = (1 / _scale(cost_Kn)).tolist()
   parts = np.argsort(-cost_Kn[0], kind="stable")[None]  # (parts, examples), costliest first.
-  while parts.shape[1] % 2 == 0:
+  while parts.shape[1] % 2 == 0 and (shards is None or len(parts) % shards):
     heavy, light = parts[:, ::2], parts[:, 1::2]
     gaps = np.moveaxis(cost_Kn[:, heavy] - cost_Kn[:, light], 0, -1).tolist()
     left = np.array([_left(of_part, weight_K) for of_part in gaps])

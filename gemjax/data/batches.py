@@ -138,16 +138,18 @@ class Batches(grain.MapDataset[Batch]):
       return index * self._batch_size
     return index * self._examples // len(self)
 
-  def _examples_of(self, index: int) -> tuple[list[tuple[Columns, np.ndarray]], np.ndarray]:
+  def _examples_of(
+    self, index: int, shards: int | None = None
+  ) -> tuple[list[tuple[Columns, np.ndarray]], np.ndarray]:
     """The runs of batch `index`, and which of their examples is at each of its places: where the
-    number is not below theirs, none.
+    number is not below theirs, none. With `shards` in a quick order, right for each shard's sums.
     """
     index %= len(self)
     runs = list(self._runs(self._start(index), self._start(index + 1)))
     if self._cost is None:
       return runs, np.arange(self._batch_size)
     cost_nK = np.concatenate([columns["cost"][rows] for columns, rows in runs])
-    return runs, halves(self._filled(cost_nK).T)
+    return runs, halves(self._filled(cost_nK).T, shards)
 
   def _filled(self, x_n: np.ndarray) -> np.ndarray:
     """With zeros for every row of the batch that no example has."""
@@ -237,7 +239,7 @@ class Batches(grain.MapDataset[Batch]):
       return (Rooms({}, {}),) * 2
     behind = int(self._epochs(0)[1][: RECENT_WINDOWS + 1][-1])
     count = max(1, len(self._borders(0, behind + 1)))
-    batches = [self._events(*self._examples_of(t)) for t in range(count)]
+    batches = [self._events(*self._examples_of(t, self._shards)) for t in range(count)]
     rows = self._batch_size // self._shards
 
     def measured(longest: dict[str, int], margin: float) -> Rooms:

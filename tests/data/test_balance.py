@@ -77,6 +77,14 @@ def test_halves_of_halves_cost_alike(n):
       assert np.ptp(cost_N) <= cost_n.max(), parts
 
 
+@pytest.mark.parametrize("shards", [1, 2, 3, 6, 8])
+def test_the_quick_order_has_every_example_in_its_shard(shards):
+  cost_Kn = np.random.default_rng(0).exponential(1, (3, 96))
+  whole, quick = halves(cost_Kn), halves(cost_Kn, shards)
+  of_shards = [np.sort(order.reshape(shards, -1), axis=1) for order in (whole, quick)]
+  np.testing.assert_array_equal(*of_shards)
+
+
 def test_each_of_several_histories_is_even():
   """Not only what they cost together: in 64 batches, and in the eighths of each."""
   rng, groups_of, size = np.random.default_rng(0), 64, 128
