@@ -86,7 +86,7 @@ def gather(
     implementation,
     {
       "xla": functools.partial(_xla, fill=fill),
-      "triton": functools.partial(_triton, fill=fill, name=f"{op}_{direction}"),
+      "triton": functools.partial(gather_kernel, fill=fill, name=f"{op}_{direction}"),
     },
     sources,
     scale_M,
@@ -159,7 +159,7 @@ def _kernel(*refs, fill, scaled, block):
   )
 
 
-def _triton(
+def gather_kernel(
   sources: Sequence[Source],
   scale_M: jax.Array | None,
   *,
@@ -167,6 +167,7 @@ def _triton(
   name: str,
   interpret: bool,
 ) -> jax.Array:
+  """`gather` in the Triton lowering."""
   x_TW, index_M = sources[0]
   shape = (len(index_M), x_TW.shape[1])
   block = (min(256, ELEMENTS // columns(shape[1])), columns(shape[1]))

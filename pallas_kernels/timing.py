@@ -30,7 +30,7 @@ def side_by_side(fns: Mapping[str, Call], repeats: int = 7) -> dict[str, float]:
   return {name: statistics.median(s) for name, s in seconds.items()}
 
 
-def beside(ours: Callable[[str], Call], theirs: Call, repeats: int = 7) -> dict[str, float]:
+def beside(ours: Callable[[str], Call], theirs: Call, repeats: int = 41) -> dict[str, float]:
   """Milliseconds of `ours(implementation)` and of `theirs`, side by side: columns of the bench.
 
   The XLA form everywhere, the Triton kernel where there is a GPU.

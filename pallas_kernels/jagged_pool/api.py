@@ -134,15 +134,20 @@ def _max_backward(mode, rows_in, implementation, residuals, dy_SW):
 _max.defvjp(_max_forward, _max_backward)
 
 
+def _last_rows(offsets_S1: jax.Array, k: int) -> jax.Array:
+  """row_M of the last k rows of every segment; -1 in front of a segment's first."""
+  row_SK = offsets_S1[1:, None] - k + jnp.arange(k, dtype=jnp.int32)
+  return jnp.where(row_SK >= offsets_S1[:-1, None], row_SK, -1).reshape(-1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _last(x_TW, offsets_S1, k, rows_in, implementation):
   del rows_in
-  index_SK = offsets_S1[1:, None] - k + jnp.arange(k, dtype=jnp.int32)
-  index_SK = jnp.where(index_SK >= offsets_S1[:-1, None], index_SK, -1)
+  index_M = _last_rows(offsets_S1, k)
   y_MW = rows.gather(
-    [(x_TW, index_SK.reshape(-1))], op=_OP, direction="last_forward", implementation=implementation
+    [(x_TW, index_M)], op=_OP, direction="last_forward", implementation=implementation
   )
-  return y_MW.reshape(*index_SK.shape, x_TW.shape[1])
+  return y_MW.reshape(-1, k, x_TW.shape[1])
 
 
 def _last_forward(x_TW, offsets_S1, *static):
@@ -153,13 +158,9 @@ def _last_backward(k, rows_in, implementation, offsets_S1, dy_SKW):
   segment_T, inside_T = rows.members(offsets_S1, rows_in)
   place_T = jnp.arange(rows_in, dtype=jnp.int32) - (offsets_S1[segment_T + 1] - k)
   index_T = jnp.where(inside_T & (place_T >= 0), segment_T * k + place_T, -1)
-  dx_TW = rows.gather(
-    [(dy_SKW.reshape(-1, dy_SKW.shape[-1]), index_T)],
-    op=_OP,
-    direction="last_backward",
-    implementation=implementation,
-  )
-  return dx_TW, None
+  dy_MW, row_M = dy_SKW.reshape(-1, dy_SKW.shape[-1]), _last_rows(offsets_S1, k)
+  args = (dy_MW, row_M, index_T)
+  return _dispatch("last_gradient", implementation, dy_MW.dtype, *args), None
 
 
 _last.defvjp(_last_forward, _last_backward)

@@ -283,3 +283,11 @@ def max_gradient(
   kernel = functools.partial(_max_gradient_kernel, columns=rows.columns(W))
   args, dx = (dy_SW, row_SW, segment_T), jax.ShapeDtypeStruct((T, W), dy_SW.dtype)
   return _call(kernel, pl.cdiv(T, ROWS), W, args, dx, f"{op}_max_backward", interpret)
+
+
+def last_gradient(
+  dy_MW: jax.Array, row_M: jax.Array, index_T: jax.Array, *, op: str, interpret: bool
+) -> jax.Array:
+  """dx_TW: dy[index[t]], 0 where there is none; row_M is the other direction's."""
+  name = f"{op}_last_backward"
+  return rows.gather_kernel([(dy_MW, index_T)], None, fill=0.0, name=name, interpret=interpret)

@@ -39,3 +39,10 @@ def max_gradient(dy_SW: jax.Array, row_SW: jax.Array, segment_T: jax.Array) -> j
   column_W = jnp.arange(dy_SW.shape[1], dtype=jnp.int32)
   dx_TW = jnp.zeros((len(segment_T), dy_SW.shape[1]), dy_SW.dtype)
   return dx_TW.at[row_SW, column_W].set(dy_SW, mode="drop")
+
+
+def last_gradient(dy_MW: jax.Array, row_M: jax.Array, index_T: jax.Array) -> jax.Array:
+  """dx_TW: dy[m] in row[m], where that is not negative; index_T is the kernel's."""
+  T, W = len(index_T), dy_MW.shape[1]
+  target_M = jnp.where(row_M >= 0, row_M, T + jnp.arange(len(row_M)))  # All of them unique.
+  return jnp.zeros((T, W), dy_MW.dtype).at[target_M].set(dy_MW, mode="drop", unique_indices=True)
