@@ -7,6 +7,7 @@ import pytest
 from numbered import N, assert_equal, assert_examples, rows, stream
 from test_packing import MESHES, join
 
+from gemjax.data import balance
 from gemjax.data.balance import alike, groups, halves
 from gemjax.data.batches import Batches
 from gemjax.data.pipeline import evaluation_batches, train_batches
@@ -75,6 +76,17 @@ def test_halves_of_halves_cost_alike(n):
     if n % parts == 0:
       cost_N = cost_n[order].reshape(parts, -1).sum(1)
       assert np.ptp(cost_N) <= cost_n.max(), parts
+
+
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_parts_are_dealt_alike_one_by_one_and_together(kinds, monkeypatch):
+  cost_Kn = np.random.default_rng(0).exponential(1, (kinds, 256))
+  cost_Kn[-1, ::3] = 0
+  found = []
+  for many in (1, 10**9):
+    monkeypatch.setattr(balance, "MANY", many)
+    found.append(halves(cost_Kn))
+  np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 6, 8])
