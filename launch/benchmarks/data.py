@@ -1,10 +1,13 @@
-"""The input pipeline on the Criteo schema, and beside it the training step that it feeds.
+"""The input pipeline on the Criteo schema, beside it the training step that it feeds, and the
+pipeline of histories: the demo's two, dealt by cost.
 
-Both are medians over repeats that alternate within one run, each alone on the machine's cores.
+All are medians over repeats that alternate within one run, each alone on the machine's cores.
 """
 
+import functools
 import itertools
 import pathlib
+import runpy
 import statistics
 import tempfile
 import time
@@ -17,32 +20,51 @@ from gemjax.data.pipeline import train_batches
 from gemjax.data.prepared import PreparedData, PreparedWriter
 from gemjax.features import RESERVED, Batch, Dense, FeatureSet, Sparse
 from gemjax.parallel.arrays import to_devices
+from gemjax.train.cost import example_cost
 from gemjax.train.programs import Programs
+from gemjax.train.source import open_data
 from gemjax.train.state import make_trainer
 
 EXAMPLES, BATCH, REPEATS, STEPS = 2_000_000, 4096, 7, 2
 ROWS = 1_000_000  # Of all tables together.
+DEMO = pathlib.Path(__file__).parents[2] / "configs" / "wukong_demo.py"
+DEMO_EXAMPLES = 400_000
 
 
 def run() -> dict[str, float]:
-  """`pipeline_examples_per_second`, `step_examples_per_second`, and their ratio."""
-  with tempfile.TemporaryDirectory() as folder:
-    data = criteo_like(pathlib.Path(folder) / "criteo")
-    batches = iter(train_batches(data, batch_size=BATCH, seed=0))
-    step = wukong_step(data.features, next(batches))
-    per_epoch = EXAMPLES // BATCH
-    rates = {"pipeline": [], "step": []}
+  """Examples a second of the three, and what the pipeline has beside the step."""
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    criteo = criteo_like(folder / "criteo")
+    batches = iter(train_batches(criteo, batch_size=BATCH, seed=0))
+    dealt = iter(demo_batches(folder / "demo"))
+    step = wukong_step(criteo.features, next(batches))
+    rates = {"pipeline": [], "step": [], "histories": []}
     for _ in tqdm(range(REPEATS), desc="measuring"):
-      drain = lambda: [None for _ in itertools.islice(batches, per_epoch)]
-      rates["pipeline"].append(per_epoch * BATCH / _seconds(drain))
+      rates["pipeline"].append(_read(batches, EXAMPLES))
       rates["step"].append(STEPS * BATCH / _seconds(step))
+      rates["histories"].append(_read(dealt, DEMO_EXAMPLES))
     batches.close()
-  pipeline, step = (statistics.median(rates[k]) for k in ("pipeline", "step"))
+    dealt.close()
+  median = {kind: statistics.median(of) for kind, of in rates.items()}
   return {
-    "pipeline_examples_per_second": pipeline,
-    "step_examples_per_second": step,
-    "pipeline_over_step": pipeline / step,
+    **{f"{kind}_examples_per_second": rate for kind, rate in median.items()},
+    "pipeline_over_step": median["pipeline"] / median["step"],
   }
+
+
+def demo_batches(folder: pathlib.Path):
+  """Batches of the demo, whose examples have two histories."""
+  config = runpy.run_path(str(DEMO))["get_config"]()
+  config.data.demo_examples = DEMO_EXAMPLES
+  folder.mkdir()
+  return train_batches(
+    open_data(config, folder),
+    batch_size=config.data.batch_size,
+    seed=0,
+    history_length=config.data.history,
+    cost=functools.partial(example_cost, config),
+  )
 
 
 def criteo_like(path: pathlib.Path, examples: int = EXAMPLES) -> PreparedData:
@@ -85,6 +107,13 @@ def wukong_step(features: FeatureSet, batch: Batch):
     report.loss.block_until_ready()
 
   return steps
+
+
+def _read(batches, examples: int) -> float:
+  """Examples a second of about so many."""
+  size = len(next(batches).weight_B)
+  count = examples // size
+  return count * size / _seconds(lambda: [None for _ in itertools.islice(batches, count)])
 
 
 def _seconds(work) -> float:
