@@ -204,7 +204,7 @@ class Jagged(NamedTuple):
 
   Shard after shard, the lists lie one behind the other at the front of the shard's slots: list b
   holds the next `lengths_B[b]` values. The slots behind them are MISSING and belong to no example.
-  E / N is the same for all shards and takes few values (see `event_capacity`), so that few
+  E / N is the same for all shards and takes few values (gemjax/data/rooms.py), so that few
   programs are compiled.
   """
 

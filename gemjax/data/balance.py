@@ -55,18 +55,17 @@ def groups(cost_Kn: np.ndarray, sizes_G: list[int], rng: np.random.Generator) ->
     if uneven_sizes:
       dealt = np.flatnonzero(sizes_G * (r + 1) // rows > sizes_G * r // rows)
     row = falling_n[first : first + len(dealt)]
-    above_KR = cost_Kn[:, row]
-    above_KR = above_KR - above_KR.mean(1, keepdims=True)
     k = 0
     if kinds > 1:
-      uneven_K = _deviation(excess_KG[:, dealt]) / scale_K
-      # In which none differs from the mean the row mends nothing.
-      k = np.argmax(np.where((above_KR != 0).any(1), uneven_K, 0))
-    order = np.argsort(-cost_Kn[k, row], kind="stable")
+      cost_KR = cost_Kn[:, row]
+      differs_K = (cost_KR != cost_KR[:, :1]).any(1)  # Elsewhere the row mends nothing.
+      k = np.argmax(np.where(differs_K, _deviation(excess_KG[:, dealt]) / scale_K, 0))
+    row = row[np.argsort(-cost_Kn[k, row], kind="stable")]
     dealt = rng.permutation(dealt)
     dealt = dealt[np.argsort(excess_KG[k, dealt], kind="stable")]
-    group_n[row[order]] = dealt
-    excess_KG[:, dealt] += above_KR[:, order]
+    group_n[row] = dealt
+    cost_KR = cost_Kn[:, row]
+    excess_KG[:, dealt] += cost_KR - cost_KR.mean(1, keepdims=True)
     first += len(dealt)
   shuffled_n = rng.permutation(n)  # Within a group in random order.
   return shuffled_n[np.argsort(group_n[shuffled_n], kind="stable")]

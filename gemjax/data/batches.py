@@ -118,10 +118,13 @@ class Batches(grain.MapDataset[Batch]):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return self.slice(index)
-    histories, sequences = self._rooms(None)  # First: it may push out windows that we need.
+    rooms, of_sequences = self._rooms(None)  # First: it may push out windows that we need.
     runs, order_B = self._examples_of(index)
     events = self._events(runs, order_B)
     columns, places = self._own(runs, order_B)
+    capacities = rooms.of(events)
+    for of_sequence in of_sequences:
+      capacities = capacities | of_sequence.of(events, shrink=False)
     return make_batch(
       columns,
       self._features,
@@ -129,7 +132,7 @@ class Batches(grain.MapDataset[Batch]):
       places=places,
       rows=self._rows,
       shards=self._own_shards,
-      capacities=histories.of(events) | sequences.of(events, shrink=False),
+      capacities=capacities,
     )
 
   def _start(self, index: int) -> int:
@@ -233,10 +236,10 @@ class Batches(grain.MapDataset[Batch]):
       out[name] = int(lengths_B.reshape(self._shards, -1).sum(1).max())
     return out
 
-  def _make_rooms(self, _) -> tuple[Rooms, Rooms]:
-    """Of histories and of sequences, from the batches of the first windows."""
+  def _make_rooms(self, _) -> tuple[Rooms, list[Rooms]]:
+    """Of histories and of each sequence, from the batches of the first windows."""
     if not self._longest and not self._sequences:
-      return (Rooms({}, {}),) * 2
+      return Rooms({}, {}), []
     behind = int(self._epochs(0)[1][: RECENT_WINDOWS + 1][-1])
     count = max(1, len(self._borders(0, behind + 1)))
     batches = [self._events(*self._examples_of(t, self._shards)) for t in range(count)]
@@ -246,4 +249,5 @@ class Batches(grain.MapDataset[Batch]):
       limit = {name: rows * most for name, most in longest.items()}
       return Rooms.measured(batches, limit, 0.0 if count == len(self) else margin)
 
-    return measured(self._longest, MARGIN), measured(self._sequences, UNDEALT_MARGIN)
+    sequences = [{name: longest} for name, longest in self._sequences.items()]
+    return measured(self._longest, MARGIN), [measured(s, UNDEALT_MARGIN) for s in sequences]

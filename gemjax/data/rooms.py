@@ -23,7 +23,8 @@ class Rooms(NamedTuple):
   All histories of a batch have the same j, the largest that serves them all: a function of the
   batch alone, so that a run that resumes has the programs, thus the bits, of one that was not
   broken off. Batches that are dealt by cost differ little where a device has many examples, and j
-  is 0, as a rule. Sequences, which nothing deals and whose empty slots cost little, take j <= 0.
+  is 0, as a rule. A sequence, which nothing deals and whose empty slots cost little, has rooms of
+  its own and takes j <= 0.
   """
 
   first: Sizes  # C.

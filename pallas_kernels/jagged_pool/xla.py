@@ -42,7 +42,9 @@ def max_gradient(dy_SW: jax.Array, row_SW: jax.Array, segment_T: jax.Array) -> j
 
 
 def last_gradient(dy_MW: jax.Array, row_M: jax.Array, index_T: jax.Array) -> jax.Array:
-  """dx_TW: dy[m] in row[m], where that is not negative; index_T is the kernel's."""
+  """dx_TW: dy[m] in row[m], where that is not negative; which is dy[index[t]] in every row t."""
   T, W = len(index_T), dy_MW.shape[1]
+  if 4 * len(dy_MW) > T:  # A scatter looks at all of dy, one row after the other.
+    return rows.take_rows(dy_MW, index_T)
   target_M = jnp.where(row_M >= 0, row_M, T + jnp.arange(len(row_M)))  # All of them unique.
   return jnp.zeros((T, W), dy_MW.dtype).at[target_M].set(dy_MW, mode="drop", unique_indices=True)

@@ -67,6 +67,14 @@ def test_two_groups_are_new_ones_every_time():
   assert len({d[:32].tolist().count(63) + d[:32].tolist().count(62) for d in deals}) > 1
 
 
+def test_a_history_of_one_example_does_not_decide_what_others_cost():
+  rng = np.random.default_rng(0)
+  cost_n, rare_n = rng.exponential(1, 1024), np.zeros(1024)
+  rare_n[cost_n.argmax()] = 1000
+  order = groups(np.stack([cost_n, rare_n]), [128] * 8, rng)
+  assert np.ptp(cost_n[order].reshape(8, -1).sum(1)) <= cost_n.max()
+
+
 @pytest.mark.parametrize("n", [1024, 96, 7, 1])
 def test_halves_of_halves_cost_alike(n):
   cost_n = np.random.default_rng(0).exponential(1, n)

@@ -8,6 +8,7 @@ from numbered import FEATURES, N, assert_equal, columns, g, h, stream, write
 
 from gemjax.data.batches import BatchSizeError
 from gemjax.data.pipeline import evaluation_batches, train_batches
+from gemjax.features import event_capacity
 
 MESHES = [(n, p) for n, p in itertools.product((1, 2, 4, 8), (1, 2, 4)) if n % p == 0]
 
@@ -56,6 +57,14 @@ def test_the_devices_share_out_the_same_batches(data, shards, processes):
   # Few programs: one for all batches but those that outgrow what the first ones need.
   sizes = {tuple(len(j.values_E) for j in p.sequences.values()) for p in shared[0]}
   assert len(sizes) <= 2
+  for name in ("h", "g"):
+    most = max(
+      j.lengths_B.reshape(shards // processes, -1).sum(1).max()
+      for of_process in shared
+      for j in (p.sequences[name] for p in of_process)
+    )
+    size = min(len(p.sequences[name].values_E) for p in shared[0]) * processes // shards
+    assert size <= event_capacity(int(1.15 * most))
   # The case holds shards without an event beside shards with many.
   slots = [b.sequences["g"].values_E.reshape(shards // processes, -1) for b in shared[0]]
   assert shards < 8 or any((s == 0).all(1).any() and s.any() for s in slots)

@@ -59,10 +59,10 @@ def test_histories_shrink_and_grow_together():
 
 
 def test_sequences_never_have_less_than_what_was_measured():
-  of = Rooms.measured([{"a": 10_000, "b": 500}], {"a": 10**6, "b": 10**6}, MARGIN)
-  size = lambda a, b: of.of({"a": a, "b": b}, shrink=False)
-  assert size(0, 0) == size(10_000, 500) == of.of({"a": 10_000, "b": 500})
-  assert size(20_000, 0) == of.of({"a": 20_000, "b": 0}) and size(20_000, 0)["a"] >= 20_000
+  of = rooms([10_000])
+  size = lambda events: of.of({"h": events}, shrink=False)["h"]
+  assert size(0) == size(10_000) == slots(of, 10_000)
+  assert 20_000 <= size(20_000) == slots(of, 20_000)
 
 
 def test_what_was_never_seen_has_the_least_room():
