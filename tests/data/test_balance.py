@@ -72,7 +72,7 @@ def test_a_history_of_one_example_does_not_decide_what_others_cost():
   cost_n, rare_n = rng.exponential(1, 1024), np.zeros(1024)
   rare_n[cost_n.argmax()] = 1000
   order = groups(np.stack([cost_n, rare_n]), [128] * 8, rng)
-  assert np.ptp(cost_n[order].reshape(8, -1).sum(1)) <= cost_n.max()
+  assert np.ptp(cost_n[order].reshape(8, -1).sum(1)) <= cost_n.max() / 100
 
 
 @pytest.mark.parametrize("n", [1024, 96, 7, 1])
