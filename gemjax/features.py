@@ -250,10 +250,10 @@ def split_words(ids: np.ndarray) -> np.ndarray:
   return ids[..., None].view("<u4")
 
 
-def event_capacity(events: int) -> int:
-  """Smallest of 64 2^k (1 + i / 16), i = 0 .. 15, that holds `events`: 64, 68, .., 128, 136, .."""
+def event_capacity(events: int, *, steps: int = 16) -> int:
+  """Smallest of 64 2^k (1 + i / steps), i = 0 .. steps - 1, that holds `events`: 64, 68, 72, .."""
   if events <= 64:
     return 64
   octave = 1 << ((events - 1).bit_length() - 1)  # 64 2^k, below `events`.
-  step = octave // 16
+  step = octave // steps
   return octave + -(-(events - octave) // step) * step

@@ -40,8 +40,8 @@ from gemjax.features import Batch
 # Batches in flight touch the window that ends and the one that begins; the third is slack.
 RECENT_WINDOWS = 3
 # Share of slots beyond what the first windows need: later ones differ a little, those of sequences,
-# which are not dealt, more.
-MARGIN, UNDEALT_MARGIN = 0.03, 0.15
+# which are not dealt, more; and these have few sizes, for valid and test shall have one program.
+MARGIN, UNDEALT_MARGIN, UNDEALT_STEPS = 0.03, 0.15, 2
 
 # Events that each example sees, by history, to what each example costs.
 Cost = Callable[[dict[str, np.ndarray]], np.ndarray]
@@ -245,9 +245,10 @@ class Batches(grain.MapDataset[Batch]):
     batches = [self._events(*self._examples_of(t, self._shards)) for t in range(count)]
     rows = self._batch_size // self._shards
 
-    def measured(longest: dict[str, int], margin: float) -> Rooms:
+    def measured(longest: dict[str, int], margin: float, steps: int = 16) -> Rooms:
       limit = {name: rows * most for name, most in longest.items()}
-      return Rooms.measured(batches, limit, 0.0 if count == len(self) else margin)
+      return Rooms.measured(batches, limit, 0.0 if count == len(self) else margin, steps)
 
     sequences = [{name: longest} for name, longest in self._sequences.items()]
-    return measured(self._longest, MARGIN), [measured(s, UNDEALT_MARGIN) for s in sequences]
+    undealt = [measured(s, UNDEALT_MARGIN, UNDEALT_STEPS) for s in sequences]
+    return measured(self._longest, MARGIN), undealt

@@ -30,6 +30,7 @@ from gemjax.features import FeatureSet, History
 MANIFEST = "manifest.json"
 VERSION = 4
 BLOCK_SIZE = 4096
+WRITTEN = (".array_record", ".npy", ".json")
 
 
 class PreparedDataError(ValueError):
@@ -117,12 +118,9 @@ def open_prepared(path: str | os.PathLike) -> PreparedData:
         raise PreparedDataError(f"{path / name} is missing, but {file} names it; prepare again")
   for stored in histories.values():
     check_history(path, stored)
+  origin = tree.get("origin", {})
   return PreparedData(
-    path=path,
-    features=features,
-    splits=splits,
-    histories=histories,
-    origin=tree.get("origin", {}),
+    path=path, features=features, splits=splits, histories=histories, origin=origin
   )
 
 
@@ -151,6 +149,9 @@ class PreparedWriter:
       raise PreparedDataError(f"{self._path} exists and is not empty; name another output folder")
 
   def __enter__(self) -> PreparedWriter:
+    foreign = [f for f in self._partial.glob("*") if f.suffix not in WRITTEN]
+    if foreign:
+      raise PreparedDataError(f"{foreign[0]} is where {self._path} is to be made; move it away")
     shutil.rmtree(self._partial, ignore_errors=True)
     try:
       self._partial.mkdir(parents=True)

@@ -31,14 +31,15 @@ class Rooms(NamedTuple):
   limit: Sizes  # No size is larger.
 
   @staticmethod
-  def measured(batches: Sequence[Sizes], limit: Sizes, margin: float) -> Rooms:
+  def measured(batches: Sequence[Sizes], limit: Sizes, margin: float, steps: int = 16) -> Rooms:
     """For batches like those whose fullest shards have so many events, and a share `margin` more.
 
-    No shard can have more than `limit`.
+    No shard can have more than `limit`. C is one of `steps` sizes an octave.
     """
     most = {n: max(int(b[n] * (1 + margin)) for b in batches) for n in limit}
     largest = {n: event_capacity(events) for n, events in limit.items()}
-    return Rooms({n: min(event_capacity(most[n]), size) for n, size in largest.items()}, largest)
+    fitting = {n: event_capacity(events, steps=steps) for n, events in most.items()}
+    return Rooms({n: min(fitting[n], size) for n, size in largest.items()}, largest)
 
   def of(self, events: Sizes, *, shrink: bool = True) -> Sizes:
     """Slots a shard, by name, for a batch whose fullest shards have so many events.

@@ -33,11 +33,24 @@ def load_schema(path: str | os.PathLike) -> Schema:
     split = tree.pop("split", {})
     if not isinstance(split, dict):
       raise SchemaError("split must be a table: write [split] and below it by = ...")
-    return _make(Schema, tree | made | {"split": _make(SplitRule, split)})
+    schema = _make(Schema, tree | made | {"split": _make(SplitRule, split)})
+    _check_tables(schema)
+    return schema
   except (SchemaError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
     raise SchemaError(f"schema {path}: {error}") from error
   except OSError as error:
     raise SchemaError(f"schema {path} cannot be read: {error.strerror}") from error
+
+
+def _check_tables(schema: Schema) -> None:
+  """Whoever writes `table` means another column's."""
+  tables = [column.table or name for name, column in schema.categories.items()]
+  for name, column in schema.categories.items():
+    if column.table not in ("", name) and tables.count(column.table) == 1:
+      raise SchemaError(
+        f"column {name!r}: no other column has rows in table {column.table!r}; name one whose rows "
+        f"it shares, of {sorted({*tables} - {column.table})}, or drop it"
+      )
 
 
 def _tables(tree: Any, name: str, first: str) -> dict[str, dict[str, Any]]:

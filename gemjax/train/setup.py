@@ -117,11 +117,12 @@ def compile_ahead(
 
 
 def evaluation(config: config_lib.Config, data: PreparedData, mesh: Mesh, split: str):
-  """This process' batches of a split, each example once."""
+  """This process' batches of a split, each example once, on any number of devices."""
+  per_device = -(-config.data.eval_batch_size // mesh.size)  # Rows that fill up have weight 0.
   return evaluation_batches(
     data,
     split,
-    batch_size=config.data.eval_batch_size,
+    batch_size=per_device * mesh.size,
     window_blocks=config.data.window_blocks if data.features.history else 1,  # Nothing is dealt.
     history_length=config.data.history,
     cost=_cost(config, data),

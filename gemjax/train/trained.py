@@ -62,8 +62,6 @@ def evaluate_run(
   trainer = make_trainer(config, found.features, steps=1, mesh=mesh)  # Its schedules are not used.
   state: TrainState = checkpoints.restore(trainer.abstract(), step).state
   checkpoints.close()
-  # On another number of devices, too; rows that fill up have weight 0.
-  config.data.eval_batch_size = -(-config.data.eval_batch_size // mesh.size) * mesh.size
   batches = evaluation(config, found, mesh, split)
   results = evaluate(Programs(trainer).predict, state, batches, found.features)
   return Evaluated(config.name, int(state.step), found, results)

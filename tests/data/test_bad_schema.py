@@ -40,6 +40,10 @@ SCHEMAS = {
     SCHEMA + 'table = "t"\n[columns.u]\nkind = "sparse"\ntable = "t"\nrows = 9\n',
     ["'c' and 'u' share table 't'", "rows is 0 for one and 9"],
   ),
+  "shared with none": (
+    SCHEMA + '[columns.u]\nkind = "sparse"\ntable = "cc"\n',
+    ["column 'u'", "no other column has rows in table 'cc'", "of ['c']"],
+  ),
   "shared with a name": (
     SCHEMA + '[columns.u]\nkind = "sparse"\ntable = "c"\nmin_count = 2\n',
     ["'c' and 'u' share table 'c'", "min_count is 1 for one and 2"],

@@ -64,7 +64,7 @@ def test_the_devices_share_out_the_same_batches(data, shards, processes):
       for j in (p.sequences[name] for p in of_process)
     )
     size = min(len(p.sequences[name].values_E) for p in shared[0]) * processes // shards
-    assert size <= event_capacity(int(1.15 * most))
+    assert size <= event_capacity(int(1.15 * most), steps=2)
   # The case holds shards without an event beside shards with many.
   slots = [b.sequences["g"].values_E.reshape(shards // processes, -1) for b in shared[0]]
   assert shards < 8 or any((s == 0).all(1).any() and s.any() for s in slots)

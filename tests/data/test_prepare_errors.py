@@ -162,6 +162,17 @@ def test_killed_in_the_middle(tmp_path, sign):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_folder_in_the_way_is_kept(tmp_path):
+  flags = flags_for(tmp_path, 400)
+  mine = tmp_path / "out.partial" / "in.csv"
+  mine.parent.mkdir()
+  mine.write_text("mine")
+  process = launch(*flags)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 1 and mine.read_text() == "mine"
+  assert f"{mine} is where {tmp_path / 'out'} is to be made; move it away" in stderr
+
+
 def test_launch_says_one_sentence(tmp_path):
   flags = flags_for(tmp_path)
   cases = [

@@ -62,6 +62,12 @@ def test_training_is_dealt(run):
   assert used(batches) > 0.8  # In any order of the examples: below 0.5.
 
 
+def test_evaluation_fills_up_batches_that_the_devices_cannot_share(run):
+  run.config.data.eval_batch_size = 1000 - SHARDS + 1
+  sizes = {len(b.weight_B) for b in evaluation(run.config, run.data, run.mesh, "valid")}
+  assert sizes == {1000}
+
+
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_evaluation_is_dealt(run, split):
   batches = list(evaluation(run.config, run.data, run.mesh, split))
