@@ -10,6 +10,7 @@ from gemjax.data.raw import ParquetFile, RawDataError, Reader, Source, TextFile
 from gemjax.data.schema import SPLITS, Schema
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+_FORMATS = {*_DELIMITERS, ".parquet"}
 
 
 def table(path: pathlib.Path, schema: Schema) -> Source:
@@ -30,7 +31,7 @@ def table(path: pathlib.Path, schema: Schema) -> Source:
     events = dataclasses.replace(schema, names=())
     histories[name] = _readers(folder / rule.file, events)
   if schema.split.by != "files":
-    others = {reader.path for readers in histories.values() for reader in readers}
+    others = {reader.path.resolve() for readers in histories.values() for reader in readers}
     return Source(schema, {"": _readers(path, schema, others)}, histories)
   files = {}
   for split in SPLITS:
@@ -50,9 +51,20 @@ def _readers(
   if not path.is_dir():
     return (_reader(path, schema),)
   known = (*_DELIMITERS, *(f"{e}.gz" for e in _DELIMITERS), ".parquet")
-  files = [p for p in sorted(path.iterdir()) if p.name.endswith(known) and p not in others]
+  inside = sorted(path.iterdir())
+  for p in inside:
+    like_data = p.is_file() and _FORMATS & {suffix.lower() for suffix in p.suffixes}
+    if like_data and not p.name.endswith(known) and not p.name.startswith((".", "_")):
+      raise RawDataError(
+        f"{p} would not be read: names of data end in one of {list(known)}; name it so, unpack it "
+        "or move it elsewhere"
+      )
+  files = [p for p in inside if p.name.endswith(known) and p.resolve() not in others]
   if not files:
-    raise RawDataError(f"{path} holds no data file; its names must end in one of {list(known)}")
+    beside = " beside its histories" if others else ""
+    raise RawDataError(
+      f"{path} holds no data file{beside}; its names must end in one of {list(known)}"
+    )
   return tuple(_reader(p, schema) for p in files)
 
 

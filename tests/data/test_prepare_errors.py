@@ -16,7 +16,10 @@ from failing import GOOD, SCHEMA, fails
 
 from gemjax.data import prepared
 from gemjax.data.preparation import prepare, recognise
+from gemjax.data.raw import RawDataError
 from gemjax.data.schema import SchemaError
+from gemjax.data.schema_file import load_schema
+from gemjax.data.table import table
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -160,6 +163,20 @@ def test_killed_in_the_middle(tmp_path, sign):
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "train 320" in stdout
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["b.CSV", "b.csv.bz2", "b.tsv.zst"])
+def test_data_in_a_folder_is_never_left_out(tmp_path, name):
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  (folder / "a.csv").write_bytes(GOOD)
+  (folder / ".a.csv.crc").write_text("hidden")
+  (tmp_path / "s.toml").write_text(SCHEMA)
+  schema = load_schema(tmp_path / "s.toml")
+  assert len(table(folder, schema).files[""]) == 1
+  (folder / name).write_text("x")
+  with pytest.raises(RawDataError, match=f"{name} would not be read: .* unpack it or move it"):
+    table(folder, schema)
 
 
 def test_a_folder_in_the_way_is_kept(tmp_path):
