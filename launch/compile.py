@@ -25,8 +25,8 @@ def main():
     from gemjax.train.progress import Phases
     from gemjax.train.setup import compile_ahead
 
-    seconds = compile_ahead(config, _WORKDIR.value, Phases(peers))
-    print(f"{config.name}: its programs are ready in {_WORKDIR.value} after {seconds:.1f} s")
+    folder, seconds = compile_ahead(config, _WORKDIR.value, Phases(peers))
+    print(f"{config.name}: its programs are ready in {folder} after {seconds:.1f} s")
 
 
 if __name__ == "__main__":

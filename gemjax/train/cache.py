@@ -38,6 +38,7 @@ class Cache:
 
   def __init__(self, folder: pathlib.Path | None, *, writes: bool = True):
     self.folder, self._writes = folder, writes
+    self.needed = False  # Whether an entry that cannot be kept is an error.
     self._told = False
     self._aside = threading.local()
 
@@ -69,7 +70,9 @@ class Cache:
     return None
 
   def put(self, name: str, value: bytes) -> None:
-    """Replaces what was there; an error of the disk is said once and is none of the run's."""
+    """Replaces what was there; an error of the disk is said once and is none of the run's, unless
+    the entries are `needed`.
+    """
     if self.folder is None or not self._writes:
       return
     partial = self.folder / f"{name}.{os.getpid()}.partial"
@@ -81,7 +84,10 @@ class Cache:
     except OSError as error:
       with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
-      self._tell(f"compiled programs are not kept in {self.folder} ({error.strerror})")
+      lost = f"compiled programs are not kept in {self.folder} ({error.strerror})"
+      if self.needed:
+        raise OSError(f"{lost}; name another folder with --config.compilation.cache") from error
+      self._tell(lost)
 
   def newest(self, start: str) -> bytes | None:
     """The youngest entry whose name begins so."""

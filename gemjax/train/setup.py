@@ -91,13 +91,15 @@ def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
 
 def compile_ahead(
   config: config_lib.Config, workdir: pathlib.Path, phases: Phases | None = None
-) -> float:
-  """Compiles what `train` will need until its first evaluation, and returns the seconds it took.
+) -> tuple[pathlib.Path, float]:
+  """Compiles what `train` will need until its first evaluation; returns the folder that has it, and
+  the seconds it took.
 
   Nothing is trained. Batches of other shapes than the first need further programs.
 
   Raises:
     ConfigError, PreparedDataError, CorruptBlockError, WorkdirError: before any work.
+    OSError: The folder takes no programs.
   """
   config.validate()
   if config.compilation.cache == "off":
@@ -105,6 +107,7 @@ def compile_ahead(
   phases = phases or Phases()
   with Workdir(workdir, first=not jax.process_index()) as folder:
     run = set_up(config, folder, phases)
+    run.cache.needed = True
     start = time.perf_counter()
     with run.cache.behind_jax():
       phases.peers.phase("first batch")
@@ -113,7 +116,8 @@ def compile_ahead(
       run.programs.prepare(batch, upcoming)
       phases.peers.phase("compile evaluation")
       run.programs.prepare_to_predict(next(iter(evaluation(config, run.data, run.mesh, "valid"))))
-    return time.perf_counter() - start
+    folder = run.cache.folder or pathlib.Path(jax.config.jax_compilation_cache_dir)
+    return folder, time.perf_counter() - start
 
 
 def evaluation(config: config_lib.Config, data: PreparedData, mesh: Mesh, split: str):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -194,7 +195,7 @@ def test_launch_compile_makes_train_start_at_once(data, tmp_path):
   process = tiny.start("compile", env=PATHS, **flags)
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
-  assert f"its programs are ready in {workdir}" in out and compiled(out) == set(OURS)
+  assert f"its programs are ready in {workdir / 'compiled'} " in out and compiled(out) == set(OURS)
   process = tiny.start("train", env=PATHS, **flags)
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
@@ -206,3 +207,8 @@ def test_launch_compile_refuses_what_it_cannot_keep(data, tmp_path):
   process = tiny.start("compile", **flags, config__compilation__cache="off")
   assert "config.compilation.cache is 'off'" in tiny.sentence(process, 1)
   assert not (tmp_path / "run").exists()
+  (tmp_path / "file").write_text("no folder")
+  flags["config__data__path"] = data
+  process = tiny.start("compile", **flags, config__compilation__cache=tmp_path / "file")
+  law = f"not kept in {tmp_path / 'file'} .*; name another folder with --config.compilation.cache"
+  assert re.search(law, tiny.sentence(process, 1))
