@@ -40,8 +40,13 @@ def _texts(x: pl.Series, chunk: Chunk, name: str, missing_values: tuple[str, ...
 
 
 def numbers(chunk: Chunk, name: str, missing_values: tuple[str, ...] = ("",)) -> np.ndarray:
-  """The values of a column as float64, NaN where missing; raises RawDataError with the row."""
+  """The values of a column as float64, NaN where missing; raises RawDataError with the row.
+
+  Dates, times and durations are microseconds.
+  """
   x = chunk.frame[name]
+  if x.dtype in (pl.Date, pl.Datetime, pl.Duration):  # Files may have them in different units.
+    x = (x.cast(pl.Datetime) if x.dtype == pl.Date else x).dt.cast_time_unit("us")
   if x.dtype.is_temporal():
     x = x.to_physical()
   if x.dtype.is_nested() or x.dtype in (pl.Binary, pl.Object):

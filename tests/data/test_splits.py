@@ -52,6 +52,20 @@ def test_equal_times_never_part(tmp_path):
   assert when["train"][1] < when["valid"][0] <= when["valid"][1] < when["test"][0]
 
 
+def test_times_of_files_in_other_units(tmp_path):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  frame = pl.DataFrame({"y": [0] * 300, "x": range(300)})
+  days = pl.from_epoch(pl.Series(range(300)), "d").alias("t")
+  kinds = {"a": pl.Date, "b": pl.Datetime("ns"), "c": pl.Datetime("ms")}
+  for i, (name, kind) in enumerate(kinds.items()):
+    frame.with_columns(days.cast(kind))[i::3].write_parquet(folder / f"{name}.parquet")
+  (tmp_path / "s.toml").write_text('time = "t"\n' + simple(by="time").replace("sparse", "dense"))
+  data = prepare("table", folder, tmp_path / "out", tmp_path / "s.toml", progress=False)
+  parts = [sorted(members(data, s)) for s in ("train", "valid", "test")]
+  assert parts == [list(range(240)), list(range(240, 270)), list(range(270, 300))]
+
+
 def test_split_by_files_fits_on_train_only_and_joins_parts(tmp_path):
   folder = tmp_path / "in"
   (folder / "train").mkdir(parents=True)
