@@ -45,6 +45,9 @@ def main():
     + "".join(f"history {n} of {h.events:,} events, " for n, h in data.histories.items())
     + f"{sum(f.tables.values()):,} rows in {len(f.tables)} tables, labels {list(f.tasks)}"
   )
+  for name, seen in data.origin.get("past", {}).items():
+    counts = ", ".join(f"{n} {c:,}" for n, c in seen.items())
+    print(f"rows with events of history {name!r} before them: {counts}")
   for task, known in data.origin.get("labelled", {}).items():
     print(f"rows with the label {task!r}: " + ", ".join(f"{n} {c:,}" for n, c in known.items()))
 

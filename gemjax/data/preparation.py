@@ -82,6 +82,7 @@ def prepare(
         writer.add_history(history, events.ids, events.time_E, events.offsets_U1)
       counts, optional = dict.fromkeys(SPLITS, 0), encoder.features.optional
       labelled = {task: dict.fromkeys(SPLITS, 0) for task in optional}
+      past = {history.name: dict.fromkeys(SPLITS, 0) for history in encoder.features.history}
       for split, chunk in rule.chunks("encode", SPLITS):
         columns = encoder.encode(chunk)
         writer.add(split, columns)
@@ -89,6 +90,8 @@ def prepare(
         for task, known in labelled.items():
           label_B = columns["label"][:, encoder.features.tasks.index(task)]
           known[split] += int((label_B != UNLABELLED).sum())
+        for name, seen in past.items():
+          seen[split] += int((columns[f"{name}.stop"] > columns[f"{name}.start"]).sum())
       for split, count in counts.items():
         if not count:
           raise RawDataError(
@@ -101,10 +104,17 @@ def prepare(
           f"no row of split 'valid' of {path} has the label {first!r} (rows with it: {known}), by "
           "which training would stop; give it some, other fractions, or another first label"
         )
+      for name, seen in past.items():
+        if not seen["train"]:
+          raise RawDataError(
+            f"no example of {path} to train on has an event of history {name!r} before it; write "
+            "users of both alike, and their times in one unit"
+          )
       origin = {"dataset": dataset, "input": os.path.abspath(path)}
       origin["fingerprint"] = fingerprint(path)
       origin |= {"split": schema.split.by, "rows": counts}
       origin |= {"labelled": labelled} if labelled else {}
+      origin |= {"past": past} if past else {}
       return writer.finish(encoder.features, vocabularies=encoder.vocabularies, origin=origin)
   except OSError as error:
     if error.strerror:  # From the system, not one of our sentences.

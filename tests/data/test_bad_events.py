@@ -41,6 +41,18 @@ CASES = {
     ["in.csv, line 2", "'t' must be a number", "'now'"],
   ),
   "no rows": (b"u,t,x\n", LOG, PAST, ["e.csv", "no rows"]),
+  "other users": (
+    EVENTS.replace(b"u", b"x", 3).replace(b"x,t", b"u,t"),
+    LOG,
+    PAST,
+    ["no example", "history 'h' before it", "users of both alike"],
+  ),
+  "times in milliseconds": (
+    b"u,t,x\nu1,5000,a\nu2,6000,b\n",
+    LOG,
+    PAST,
+    ["no example", "history 'h' before it", "times in one unit"],
+  ),
   "unknown format": (
     EVENTS,
     LOG,
