@@ -42,7 +42,7 @@ CASES = {
   ),
   "no rows": (b"u,t,x\n", LOG, PAST, ["e.csv", "no rows"]),
   "other users": (
-    EVENTS.replace(b"u", b"x", 3).replace(b"x,t", b"u,t"),
+    EVENTS.replace(b"\nu", b"\nx"),
     LOG,
     PAST,
     ["no example", "history 'h' before it", "users of both alike"],
