@@ -18,7 +18,7 @@ from gemjax.parallel.arrays import to_devices
 
 
 class Feed:
-  """`upcoming` is the batch that `advance` returns; both are global arrays.
+  """`upcoming` is the batch that `advance` returns first; all are global arrays.
 
   Batches come in few shapes (gemjax/data/rooms.py), each of which is a program, as is the step
   between two of them; where rows are read ahead that of the batch before counts, too.
@@ -47,11 +47,13 @@ class Feed:
       self._ahead.append((position, to_devices(self._mesh, batch)))
     return self._ahead[count][1]
 
-  def advance(self) -> Batch:
-    """The upcoming batch, which gives way to the one behind it."""
-    batch = self.upcoming
+  def advance(self) -> tuple[Batch, Batch]:
+    """The upcoming batch, and the one behind it that takes its place; where that cannot be read,
+    nothing has changed.
+    """
+    batch, upcoming = self.ahead(0), self.ahead(1)
     self._ahead.popleft()
-    return batch
+    return batch, upcoming
 
   def get_state(self) -> Any:
     """The position of the upcoming batch."""

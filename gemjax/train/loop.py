@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from gemjax import config as config_lib
 from gemjax import metrics
-from gemjax.parallel.arrays import of_all_processes
+from gemjax.data.blocks import CorruptBlockError
 from gemjax.train import summary as summary_lib
 from gemjax.train.evaluate import PredictionError, evaluate
 from gemjax.train.finite import NonFiniteError, first_not_finite, learning_rate
@@ -22,10 +24,10 @@ from gemjax.train.progress import Phases, Progress
 from gemjax.train.recovery import Recovery
 from gemjax.train.setup import Setup, evaluation, set_up
 from gemjax.train.state import TrainState, parameter_counts
-from gemjax.train.step import Report
+from gemjax.train.step import Ahead, Report
 from gemjax.train.stopping import BestSoFar
 from gemjax.train.termination import Terminated, Termination
-from gemjax.train.workdir import SUMMARY, Workdir, saved_steps, write_json
+from gemjax.train.workdir import Workdir, saved_steps
 
 
 def train(
@@ -57,18 +59,13 @@ class _Run:
     self.termination, self.peers = termination, phases.peers
     self.data, self.mesh, self.trainer = setup.data, setup.mesh, setup.trainer
     self.programs, self.feed = setup.programs, setup.feed
-    self.steps, config = setup.steps, setup.config
-    batch = config.data.batch_size
-    # Where groups update tables of their own, nothing looks at them at other steps.
-    self.apart = config.embedding.average_every if self.trainer.tables.averaged else 1
-    interval = config.train.eval_every * self.data.split("train").examples / batch
-    self.eval_interval = max(1, round(interval)) if interval else self.steps
-    self.eval_interval = -(-self.eval_interval // self.apart) * self.apart
-    self.progress = Progress(folder.path, self.steps, batch, shown=folder.first)
+    self.steps, self.apart, config = setup.steps, setup.apart, setup.config
+    self.progress = Progress(folder.path, self.steps, config.data.batch_size, shown=folder.first)
     for line in setup.lines:
       self.progress.say(line)
     self.best = BestSoFar(metric=config.train.stop_metric)
     self.valid: dict[str, Any] = {}  # Results of the best evaluation.
+    self.pending = False  # Whether the evaluation of the restored step is still to be made.
     self.train_loss = math.nan  # Mean since the evaluation before.
     self.seconds = 0.0  # In steps, over all starts, without compilation.
     self.recovery = Recovery(config.checkpoint, folder, self.progress.say)
@@ -98,8 +95,7 @@ class _Run:
         jax.block_until_ready(state)
       with self.phases("wait for programs"):
         ready.result()
-    position = restored.notes["position"] if restored else beginning
-    if position != likely:
+    if (position := restored.notes["position"] if restored else beginning) != likely:
       self.feed.set_state(position)
     if restored:
       self._recall(restored.notes)
@@ -117,11 +113,13 @@ class _Run:
     train, done = self.config.train, int(state.step)
     reports: list[Report] = []
     self.progress.begin(done)
+    if self.pending:
+      state = self._evaluate(state, done)
     ahead = self.programs.ahead(state, self.feed.upcoming)
-    start = self._clock()
+    self.started = self._clock()
     while done < self.steps and not self.best.stopped(train.patience):
       self.peers.phase(f"batch behind step {done + 1:,}")
-      batch, upcoming = self.feed.advance(), self.feed.upcoming
+      batch, upcoming = self._read(self.feed.advance, state, done, ahead)
       self.peers.phase(f"step {done + 1:,}")
       state, ahead, report = self.programs.step(state, ahead, batch, upcoming)
       done += 1
@@ -132,11 +130,9 @@ class _Run:
         self.progress.say(self.phases.at_first_step())
       # Where groups update tables of their own, the state is one at multiples of `apart` only.
       whole = done % self.apart == 0 or done == self.steps
-      # At whole multiples of the interval but for one shortly before the end, and at the end.
-      near_end = self.steps - done < self.eval_interval / 2
-      evaluating = done == self.steps or (done % self.eval_interval == 0 and not near_end)
+      evaluating = self.setup.evaluates(done)
       saving = whole and self._due(self.config.checkpoint.every, done)
-      stopping = whole and self._stop_requested(done)
+      stopping = whole and self.termination.agreed(now=self._due(train.log_every, done))
       lasting = evaluating or saving or stopping
       between = whole and self._due(self.config.checkpoint.local_every, done)
       averaging = whole and self.trainer.tables.averaged
@@ -151,11 +147,11 @@ class _Run:
       if lasting or between:
         # Before anything is kept: a checkpoint never holds a value that is not finite.
         self._check_finite(state)
-        self.seconds += self._clock() - start
+        self.seconds += self._clock() - self.started
         if evaluating:
           state = self._evaluate(state, done)
         self._save(state, done, lasting=lasting)
-        start = self._clock()
+        self.started = self._clock()
       if pausing and ahead.rows is not None:  # As a run that resumes from here will read them.
         ahead = self.programs.ahead(state, upcoming)
       if stopping:
@@ -165,6 +161,25 @@ class _Run:
         raise Terminated(f"stopped by SIGTERM {at}; the same command goes on from there")
     return state
 
+  def _read(self, read: Callable, state: TrainState, done: int, ahead: Ahead | None = None) -> Any:
+    """The next batch, where `ahead` is given, or results; if their data is corrupt, this is raised
+    when the steps so far are saved, which one process of several cannot do.
+    """
+    try:
+      return read()
+    except CorruptBlockError as error:
+      lost = error  # Orbax takes an error that is being handled for its own.
+    self.recovery.checkpoints.wait()
+    new = done not in (0, *self.recovery.checkpoints.steps)
+    if new and not (ahead and done % self.apart) and jax.process_count() == 1:
+      if ahead:
+        self.seconds += self._clock() - self.started
+        self._check_finite(state := self.programs.settle(state, ahead))
+      self._save(state, done, lasting=True, pending=not ahead)
+      self.recovery.end()
+      self.progress.say(f"step {done:,} is saved: with sound data the same command goes on there")
+    raise lost
+
   def _clock(self) -> float:
     """Seconds that stand still while a program is compiled."""
     return time.perf_counter() - self.programs.compile_seconds
@@ -172,13 +187,6 @@ class _Run:
   def _due(self, every: int, done: int) -> bool:
     """Whether a multiple of `every` was reached since the last step at which the state was one."""
     return bool(every) and done // every > (done - self.apart) // every
-
-  def _stop_requested(self, done: int) -> bool:
-    """Whether SIGTERM came to any process; several agree on it as often as they log."""
-    if jax.process_count() == 1:
-      return self.termination.requested
-    agree = self._due(self.config.train.log_every, done)
-    return agree and bool(of_all_processes(np.array([self.termination.requested])).any())
 
   def _log(self, state: TrainState, done: int, reports: list[Report]) -> None:
     self.peers.phase(f"results of step {done:,}")
@@ -210,7 +218,7 @@ class _Run:
   def _evaluate(self, state: TrainState, done: int) -> TrainState:
     """Measures on valid, remembers the best, and begins a new window of training metrics."""
     self.train_loss = next(iter(self._train_metrics(state).values()))["loss"]
-    results = self._results(state, "valid")
+    results = self._read(functools.partial(self._results, state, "valid"), state, done)
     pace = done * self.config.data.batch_size / max(self.seconds, 1e-9)
     self.progress.evaluated(done, "valid", results, pace)
     self.best.update(done, next(iter(results.values()))[self.best.metric])
@@ -228,7 +236,7 @@ class _Run:
     except PredictionError as error:
       raise self._not_finite(int(state.step) - 1, [f"{split}: {error}"]) from error
 
-  def _save(self, state: TrainState, done: int, *, lasting: bool) -> None:
+  def _save(self, state: TrainState, done: int, *, lasting: bool, pending: bool = False) -> None:
     self.peers.phase(f"save of step {done:,}")
     notes = {
       "position": self.feed.get_state(),
@@ -236,6 +244,7 @@ class _Run:
       "valid": self.valid,
       "train_loss": self.train_loss,
       "seconds": self.seconds,
+      "pending": pending,
       # A checkpoint tells on its own what it was trained with.
       "config": self.config.to_json(),
       "features": self.data.features.to_json(),
@@ -246,9 +255,9 @@ class _Run:
   def _recall(self, notes: dict[str, Any]) -> None:
     """Goes on where the run was when it saved these."""
     self.best = BestSoFar(**notes["best"])
-    self.valid, self.train_loss, self.seconds = (
-      notes[n] for n in ("valid", "train_loss", "seconds")
-    )
+    for name in ("valid", "train_loss", "seconds"):
+      setattr(self, name, notes[name])
+    self.pending = notes.get("pending", False)
 
   def _best(self, last: TrainState) -> TrainState:
     """That of the best checkpoint; the last one where it cannot be read, and says so."""
@@ -266,8 +275,7 @@ class _Run:
     done = int(state.step)
     if self.best.step not in (None, done):
       state = self._best(state)
-    test = self._results(state, "test")
-    batch = self.config.data.batch_size
+    test, batch = self._results(state, "test"), self.config.data.batch_size
     summary = {
       "name": self.config.name,
       "train": {
@@ -288,6 +296,5 @@ class _Run:
     }
     self.progress.close()
     if self.folder.first:
-      write_json(self.folder.path / SUMMARY, summary)
-      print("\n" + summary_lib.render(summary), flush=True)
+      summary_lib.publish(summary, self.folder.path)
     return summary

@@ -42,6 +42,22 @@ class Setup(NamedTuple):
   feed: Feed
   cache: Cache
 
+  @property
+  def apart(self) -> int:
+    """Steps after which the state is one again, where groups update tables of their own."""
+    return self.config.embedding.average_every if self.trainer.tables.averaged else 1
+
+  def evaluates(self, step: int) -> bool:
+    """At the end, and at multiples of the interval, which are multiples of `apart`, but for one
+    shortly before the end.
+    """
+    train, batch = self.config.train, self.config.data.batch_size
+    if step == self.steps or not train.eval_every:
+      return step == self.steps
+    interval = max(1, round(train.eval_every * self.data.split("train").examples / batch))
+    interval = -(-interval // self.apart) * self.apart
+    return not step % interval and self.steps - step >= interval / 2
+
 
 def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
   """The parts of the run of `folder`, which is its own from here on.

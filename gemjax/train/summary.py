@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
+
+from gemjax.train.workdir import SUMMARY, write_json
 
 METRICS = ("auc", "gauc", "log_loss", "ne", "calibration")
 SPLITS = ("valid", "test")
@@ -12,6 +15,12 @@ def split_summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
   """The first task's metrics, and where there are more tasks all of them under "tasks"."""
   first = next(iter(results.values()))
   return dict(first) | ({"tasks": results} if len(results) > 1 else {})
+
+
+def publish(summary: dict[str, Any], path: pathlib.Path) -> None:
+  """Writes it into the folder of the run, and prints it."""
+  write_json(path / SUMMARY, summary)
+  print("\n" + render(summary), flush=True)
 
 
 def render(summary: dict[str, Any]) -> str:

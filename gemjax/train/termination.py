@@ -26,6 +26,17 @@ class Termination:
   def __exit__(self, kind, value, trace) -> None:
     signal.signal(signal.SIGTERM, self._before)
 
+  def agreed(self, *, now: bool) -> bool:
+    """Whether SIGTERM came to any process; several agree on it where all say `now`."""
+    import jax  # Not by binaries that compute nothing.
+    import numpy as np
+
+    from gemjax.parallel.arrays import of_all_processes
+
+    if jax.process_count() == 1:
+      return self.requested
+    return now and bool(of_all_processes(np.array([self.requested])).any())
+
   def _request(self, signum, frame) -> None:
     del signum, frame
     self.requested = True

@@ -1,5 +1,7 @@
 """The feed: what it hands on, and what it tells the log of slots."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -62,17 +64,29 @@ def feed(made):
 
 def test_a_batch_arrives_as_it_was_read(made):
   out = feed(made)
-  for given in made:
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(out.advance()), given)
+  for pair in itertools.pairwise(made):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(out.advance()), pair)
+
+
+def test_where_the_batch_behind_cannot_be_read_nothing_has_changed(made):
+  stream = Stream(made[:2])
+  out = Feed(stream, make_mesh(1, SHARDS))
+  out.advance()
+  for _ in range(2):
+    with pytest.raises(IndexError):
+      out.advance()
+    assert out.get_state() == 1
+  stream.batches, stream.next = made, 2
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(out.advance()), tuple(made[1:3]))
 
 
 def test_programs_and_padding_for_the_log(made):
   out = feed(made)
   assert out.programs == 0 and out.padding() == 0
   seen = []
-  for _ in made:
+  for _ in made[1:]:
     out.advance()
     seen.append(out.programs)
-  assert seen == [1, 2, 3, 4]
+  assert seen == [2, 3, 4]
   assert out.padding() == pytest.approx(1 - 4 * 3 / (2 * (8 + 16 + 8 + 16)))
   assert out.padding() == 0  # Since the last call.
