@@ -13,6 +13,8 @@ import jax
 from gemjax.parallel.arrays import after_first_process
 from gemjax.train.executables import Executable, Executables
 
+_NOTICED = 1.0  # Seconds that a run stands still without a person asking why.
+
 
 class Compiled:
   """A jitted function whose compilations are counted and timed, and kept for the next start.
@@ -64,7 +66,12 @@ class Compiled:
     if key not in self._programs:
       start = time.perf_counter()
       self._programs[key] = self._made(key, args)
-      self.seconds += time.perf_counter() - start
+      self.seconds += (seconds := time.perf_counter() - start)
+      if self.compilations > 1 and seconds > _NOTICED:
+        self._executables.say(
+          f"batches of other sizes: program {self.compilations} of {self._name} was ready after "
+          f"{seconds:.1f} s"
+        )
     return self._programs[key]
 
   def _made(self, key: Any, args: Callable[[], tuple]) -> Executable:

@@ -49,7 +49,7 @@ class Executables:
     cache: Where they are kept.
     origin: What all of them follow from.
     devices: Those of the mesh, in its order.
-    say: Is told in one sentence why an older executable does not serve.
+    say: Is told in one sentence why an older executable does not serve, and what took long.
   """
 
   def __init__(
@@ -60,11 +60,11 @@ class Executables:
     say: Callable[[str], None] = print,
   ):
     self._cache, self._origin = cache or Cache(None), origin or {}
-    self._devices, self._say = devices, say
+    self._devices, self.say = devices, say
 
   def of(self, **origin: Any) -> Executables:
     """Those of programs that follow from more."""
-    return Executables(self._cache, self._origin | origin, self._devices, self._say)
+    return Executables(self._cache, self._origin | origin, self._devices, self.say)
 
   def load(self, program: str, arguments: Any) -> Executable | None:
     """The executable of a program for arguments of these shapes, or None."""
@@ -75,7 +75,7 @@ class Executables:
     if stored is None:
       old = self._cache.newest(f"{program}-")
       if old is not None and (found := _difference(_read(old)[0], self._origin)):
-        self._say(f"{program} is compiled anew: {found}")
+        self.say(f"{program} is compiled anew: {found}")
       return None
     try:
       serialized, in_tree, out_tree, outputs = pickle.loads(_read(stored)[1])
@@ -87,7 +87,7 @@ class Executables:
       return Executable(call, out_tree.unflatten(outputs))
     except Exception as error:  # Whatever a runtime may say: it costs a compilation.
       first = (str(error) or type(error).__name__).splitlines()[0]
-      self._say(f"{program} is compiled anew: its executable cannot be loaded ({first[:200]})")
+      self.say(f"{program} is compiled anew: its executable cannot be loaded ({first[:200]})")
       return None
 
   def compile(self, program: str, arguments: Any, lowered: jax.stages.Lowered) -> Executable:
@@ -104,7 +104,7 @@ class Executables:
     try:
       serialized, in_tree, out_tree = serialize_executable.serialize(made.call)
     except Exception as error:  # Not every backend can.
-      self._say(f"{program} cannot be kept ({(str(error) or type(error).__name__)[:200]})")
+      self.say(f"{program} cannot be kept ({(str(error) or type(error).__name__)[:200]})")
       return made
     origin = self._origin | {"arguments": arguments}
     content = pickle.dumps((serialized, in_tree, out_tree, jax.tree.leaves(outputs)))

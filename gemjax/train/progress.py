@@ -18,6 +18,12 @@ if TYPE_CHECKING:  # Imported with the first figures: it loads PyTorch where it 
   from tensorboardX.event_file_writer import EventsWriter
 
 
+def say(text: str) -> None:
+  """A line that does not break a bar."""
+  tqdm.tqdm.write(text)
+  sys.stdout.flush()  # A file or a pipe should see it now, too.
+
+
 class Phases:
   """Seconds by name of phase of the start-up; the `peers` are told which phase it is."""
 
@@ -98,11 +104,9 @@ class Progress:
       self.say(f"step {step:>7,}/{self._steps:,}  {split} {task:<10}  {text}  {pace}")
 
   def say(self, text: str) -> None:
-    """A line that does not break the bar."""
-    if not self._shown:
-      return
-    tqdm.tqdm.write(text)
-    sys.stdout.flush()  # A file or a pipe should see it now, too.
+    """A line, if this process speaks."""
+    if self._shown:
+      say(text)
 
   def close(self) -> None:
     if self._bar is not None:

@@ -23,7 +23,7 @@ from gemjax.train.devices import open_training, part_of_process
 from gemjax.train.executables import Executables, origin_of
 from gemjax.train.feed import Feed
 from gemjax.train.programs import Programs
-from gemjax.train.progress import Phases
+from gemjax.train.progress import Phases, say
 from gemjax.train.source import open_data
 from gemjax.train.state import Trainer, make_trainer
 from gemjax.train.workdir import Workdir
@@ -76,9 +76,9 @@ def set_up(config: config_lib.Config, folder: Workdir, phases: Phases) -> Setup:
     mesh, config, lines = open_training(config, data.features)
     trainer = make_trainer(config, data.features, steps, mesh)
     cache = Cache.of_run(folder.path, config.compilation.cache, writes=folder.first)
-    say = functools.partial(print, flush=True) if folder.first else lambda sentence: None
+    says = say if folder.first else lambda sentence: None
     executables = Executables(
-      cache, origin_of(config, data.features, steps, mesh), list(mesh.devices.flat), say
+      cache, origin_of(config, data.features, steps, mesh), list(mesh.devices.flat), says
     )
     batches = train_batches(
       data,
