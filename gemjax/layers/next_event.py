@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gemjax.layers import tokens as tokens_lib
@@ -31,7 +32,7 @@ class NextEvents(NamedTuple):
   item_ED: jax.Array  # float32
   followed_E: jax.Array  # Whether the slot behind it is of the same example.
   newest_BD: jax.Array  # The item of every example's last event.
-  any_B: jax.Array  # Whether it has one.
+  length_B: jax.Array  # int32, how many it has.
 
 
 class NextEvent(nnx.Module):
@@ -49,29 +50,42 @@ class NextEvent(nnx.Module):
     E, D = tokens.x_ED.shape
     asks_ED = self.ask(self.norm(tokens.x_ED)).astype(jnp.float32) * D**0.5
     item_ED = item_ED.astype(jnp.float32)
-    last_B = tokens.offsets_B1[1:] - 1
-    ends_E = (
-      jnp.zeros(E, bool)
-      .at[jnp.where(jnp.diff(tokens.offsets_B1) > 0, last_B, E)]
-      .set(True, mode="drop")
-    )
+    length_B, last_B = jnp.diff(tokens.offsets_B1), tokens.offsets_B1[1:] - 1
+    last_B = jnp.where(length_B > 0, last_B, E)
+    ends_E = jnp.zeros(E, bool).at[last_B].set(True, mode="drop")
     followed_E = (jnp.arange(E) < tokens.offsets_B1[-1]) & ~ends_E
     newest_BD = tokens_lib.last(tokens._replace(x_ED=item_ED), 1)[:, 0]
-    return NextEvents(asks_ED, item_ED, followed_E, newest_BD, jnp.diff(tokens.offsets_B1) > 0)
+    return NextEvents(asks_ED, item_ED, followed_E, newest_BD, length_B)
 
 
 def others(of: NextEvents, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-  """(items_KD, there_K): the newest events of the first K examples of the batch whose parts lie on
-  the mesh's `axes`, so that they do not depend on how many parts it has.
+  """(items_KD, there_K): the newest events of K examples of the batch whose parts lie on the mesh's
+  `axes`: of those that have any, the K of least hash of item and length. So they do not depend on
+  the order of examples, nor on how many parts the batch has, and differ from step to step.
   """
-  B = len(of.any_B)
-  place_B = jax.lax.axis_index(axes) * B + jnp.arange(B)
+  B = len(of.length_B)
+  hash_N = jax.lax.all_gather(_hash(of), axes, tiled=True)
+  # Equal hashes keep their order, but are of equal items.
+  rank_N = jnp.zeros(len(hash_N), jnp.int32).at[jnp.argsort(hash_N)].set(jnp.arange(len(hash_N)))
+  place_B = jax.lax.dynamic_slice(rank_N, (jax.lax.axis_index(axes) * B,), (B,))
 
-  def first(x):
+  def least(x):
     own = jnp.zeros((OTHERS, *x.shape[1:]), x.dtype).at[place_B].set(x, mode="drop")
     return jax.lax.psum(own, axes)
 
-  return first(of.newest_BD), first(of.any_B.astype(jnp.int32)) > 0
+  return least(of.newest_BD), least((of.length_B > 0).astype(jnp.int32)) > 0
+
+
+def _hash(of: NextEvents) -> jax.Array:
+  """hash_B, uint32: the bits of item and length times odd numbers, summed, then mixed by the
+  finalizer of MurmurHash3; the largest of all where there is no event.
+  """
+  bits_BD = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(of.newest_BD), jnp.uint32)
+  odd_D = np.random.default_rng(0).integers(2**32, size=bits_BD.shape[1], dtype=np.uint32) | 1
+  hash_B = (bits_BD * odd_D).sum(1, dtype=jnp.uint32) + of.length_B.astype(jnp.uint32)
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    hash_B = (hash_B ^ hash_B >> shift) * jnp.uint32(factor)
+  return jnp.where(of.length_B > 0, hash_B >> 1, jnp.uint32(2**32 - 1))
 
 
 def next_event_loss(

@@ -43,6 +43,7 @@ def followed(case, histories):
 def test_a_block_in_front_tells_the_next_event(quickly_compiled):
   ahead = case(AHEAD, 2)
   ahead.check_forward()
+  ahead.check_order()
   found = followed(ahead, ahead.histories)
   params = jax.tree.map(np.float64, ahead.params)
   for i, spec in enumerate(SPECS):
@@ -51,7 +52,7 @@ def test_a_block_in_front_tells_the_next_event(quickly_compiled):
     np.testing.assert_array_equal(of.item_ED, item)
     for b, length in enumerate(LENGTHS[spec.name]):
       start, end = ends(spec.name)[b : b + 2]
-      assert of.any_B[b] == bool(length)
+      assert of.length_B[b] == length
       np.testing.assert_array_equal(of.newest_BD[b], item[end - 1] if length else np.zeros(D))
       np.testing.assert_array_equal(of.followed_E[start:end], np.arange(length) < length - 1)
       s = event_tokens(units[start:end], age[start:end], params["events"][i])
