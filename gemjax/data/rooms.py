@@ -11,20 +11,21 @@ from gemjax.features import event_capacity
 Sizes = dict[str, int]  # History or sequence -> events, or slots for them.
 
 RATIO = Fraction(17, 20)  # Of a size and the next larger one; exact, for all hosts must agree.
+_OWN = 2  # Sizes that a history is smaller than the others of its batch, or a multiple.
 _STEP, _LEAST = 8, event_capacity(0)  # Slots: sizes are multiples, and none is smaller.
 
 
 class Rooms(NamedTuple):
   """The sizes C RATIO^j: j = 0 holds all batches that were measured, j = 1, 2, .. are for those of
-  which it would leave more empty, and j < 0 for what outgrows it. So no more than 15 % of the slots
-  of the fullest shard are empty, of one history, and of several in one of them: those of one batch
-  have the same j. Other shards and histories have what dealing (balance.py) leaves them.
+  which it would leave more empty, and j < 0 for what outgrows it. The histories of a batch have the
+  largest j that serves them all, so that no more than 15 % of the slots of the fullest shard are
+  empty, of one history; where a history needs less than that, as a rare one, it has j + 2, j + 4,
+  .., and 28 % at most. Other shards have what dealing (balance.py) leaves them.
 
-  All histories of a batch have the same j, the largest that serves them all: a function of the
-  batch alone, so that a run that resumes has the programs, thus the bits, of one that was not
-  broken off. Batches that are dealt by cost differ little where a device has many examples, and j
-  is 0, as a rule. A sequence, which nothing deals and whose empty slots cost little, has rooms of
-  its own and takes j <= 0.
+  That is a function of the batch alone, so that a run that resumes has the programs, thus the bits,
+  of one that was not broken off. Batches that are dealt by cost differ little where a device has
+  many examples, and j is 0, as a rule: more sizes would be more programs. A sequence, which nothing
+  deals and whose empty slots cost little, has rooms of its own and takes j <= 0.
   """
 
   first: Sizes  # C.
@@ -46,21 +47,22 @@ class Rooms(NamedTuple):
 
     Without `shrink` no fewer than C. Raises ValueError for more than the limit.
     """
-    if not _fits(events, self.limit):
+    if any(events[n] > most for n, most in self.limit.items()):
       raise ValueError(f"shards of {events} events, but none can have more than {self.limit}")
     j = 0
-    while not _fits(events, self._size(j)):
+    while any(events[n] > self._slots(n, j) for n in self.first):
       j -= 1
-    while shrink and _fits(events, self._size(j + 1)) and self._size(j + 1) != self._size(j):
-      j += 1
-    return self._size(j)
+    if not shrink:
+      return {n: self._slots(n, j) for n in self.first}
+    j = min(self._last(n, events[n], j, 1) for n in self.first) if self.first else j
+    return {n: self._slots(n, self._last(n, events[n], j, _OWN)) for n in self.first}
 
-  def _size(self, j: int) -> Sizes:
-    if not j:
-      return self.first
-    scaled = {n: max(_LEAST, -(-c * RATIO**j // _STEP) * _STEP) for n, c in self.first.items()}
-    return {n: min(size, self.limit[n]) for n, size in scaled.items()}
+  def _last(self, name: str, events: int, j: int, step: int) -> int:
+    """The last of j, j + step, .. that holds the events, where sizes still shrink."""
+    while events <= self._slots(name, j + step) < self._slots(name, j):
+      j += step
+    return j
 
-
-def _fits(events: Sizes, slots: Sizes) -> bool:
-  return all(events[n] <= size for n, size in slots.items())
+  def _slots(self, name: str, j: int) -> int:
+    scaled = max(_LEAST, -(-self.first[name] * RATIO**j // _STEP) * _STEP)
+    return min(int(scaled) if j else self.first[name], self.limit[name])

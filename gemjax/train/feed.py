@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from gemjax.features import Batch
@@ -20,8 +19,7 @@ from gemjax.parallel.arrays import to_devices
 class Feed:
   """`upcoming` is the batch that `advance` returns first; all are global arrays.
 
-  Batches come in few shapes (gemjax/data/rooms.py), each of which is a program, as is the step
-  between two of them; where rows are read ahead that of the batch before counts, too.
+  Batches come in few shapes (gemjax/data/rooms.py), each of which is a program.
 
   Args:
     batches: This process' batches, with `get_state` and `set_state`.
@@ -30,7 +28,6 @@ class Feed:
 
   def __init__(self, batches: Iterator[Batch], mesh: Mesh):
     self._batches, self._mesh = batches, mesh
-    self._seen: set[tuple[tuple[int, ...], ...]] = set()
     self._used = self._room = 0  # Slots of histories since `padding` was last asked for.
     self._ahead: deque[tuple[Any, Batch]] = deque()  # (position, batch) of those already read.
 
@@ -64,11 +61,6 @@ class Feed:
     self._batches.set_state(state)
     self._ahead.clear()
 
-  @property
-  def programs(self) -> int:
-    """How many shapes the batches had so far."""
-    return len(self._seen)
-
   def padding(self) -> float:
     """Share of this process' event slots of histories that no event filled, since the last call."""
     share = 1 - self._used / self._room if self._room else 0.0
@@ -79,4 +71,3 @@ class Feed:
     for events in batch.histories.values():
       self._used += int(events.lengths_B.sum())
       self._room += len(events.age_E)
-    self._seen.add(tuple(x.shape for x in jax.tree.leaves(batch)))

@@ -199,7 +199,7 @@ class _Run:
     if rounds := max(int(report.exchange_rounds) for report in reports):
       scalars["exchange_rounds"] = rounds
     if self.data.features.history:
-      scalars |= {"padding": self.feed.padding(), "programs": self.feed.programs}
+      scalars |= {"padding": self.feed.padding(), "programs": self.programs.compilations}
     self.progress.log(done, scalars | {"learning_rate": learning_rate(self.trainer, done - 1)})
     if not math.isfinite(loss):
       self._check_finite(state)

@@ -89,6 +89,11 @@ class Programs:
     every = (self._born, *of_batches, self._average, self._no_sums)
     return sum(p.seconds for p in every if p is not None)
 
+  @property
+  def compilations(self) -> int:
+    """How many programs of `step` there are by now, one for every shape of batches."""
+    return self._step.compilations if self._step else 0
+
   def measure(self, batch: Callable[[], Batch]) -> None:
     """Makes room for the exchange of a first batch, if its room depends on the batch."""
     if self._step is None:
@@ -116,18 +121,22 @@ class Programs:
         out_shardings=(self._shardings, None, None),
       )
 
-  def prepare(self, batch: Batch, upcoming: Batch) -> None:
+  def prepare(self, *batches: Batch) -> None:
     """Has `step` and what comes with it ready for batches of these shapes; once measured, nothing
     runs.
     """
+    for batch in batches:
+      self._prepare(batch)
+
+  def _prepare(self, batch: Batch) -> None:
     self.measure(lambda: batch)
     ahead = _placed(self._plan.prepare((batch,), lambda: (batch,)).outputs, batch)
     if self._look_up:
       of_ahead = lambda: (self._trainer.abstract(), ahead)
       ahead = _placed(self._look_up.prepare((ahead,), of_ahead).outputs, batch)
       self._settle.prepare((ahead.owed,), lambda: (self._trainer.abstract(), ahead.owed))
-    state = lambda: (self._trainer.abstract(), ahead, batch, upcoming)
-    self._step.prepare((ahead, batch, upcoming), state)
+    args = lambda: (self._trainer.abstract(), ahead, batch, batch)
+    self._step.prepare((ahead, batch, batch), args)
 
   def prepare_to_predict(self, batch: Batch) -> None:
     """Has `predict` ready, and what else training needs."""
@@ -152,12 +161,25 @@ class Programs:
   def step(
     self, state: TrainState, ahead: Ahead, batch: Batch, upcoming: Batch
   ) -> tuple[TrainState, Ahead, Report]:
-    """`train_step`; the state is overwritten."""
+    """`train_step`; the state is overwritten.
+
+    n shapes of batches have n programs, and not one for every two that may follow each other: where
+    the upcoming batch has another shape, programs of its own plan it and read its rows.
+    """
+    alone = _shapes(batch) != _shapes(upcoming)
+    owed = self._plan.prepare((batch,), lambda: (batch,)).outputs.owed
+    if self._settle and (alone or _shapes(ahead.owed) != _shapes(owed)):
+      state, ahead = self.settle(state, ahead), ahead._replace(owed=self._plan(batch).owed)
+    behind = self.ahead(state, upcoming) if alone else None
+    state, ahead, report = self._stepped(state, ahead, batch, batch if alone else upcoming)
+    return state, behind._replace(owed=ahead.owed) if alone else ahead, report
+
+  def _stepped(self, state: TrainState, *args: Any) -> tuple[TrainState, Ahead, Report]:
     if self._profile is None:
-      return self._step(state, ahead, batch, upcoming)
+      return self._step(state, *args)
     self._profile.before(state)
-    result = self._step(state, ahead, batch, upcoming)
-    self._profile.after(result, lambda: self._ran(ahead, batch, upcoming))
+    result = self._step(state, *args)
+    self._profile.after(result, lambda: self._ran(*args))
     return result
 
   def settle(self, state: TrainState, ahead: Ahead) -> TrainState:
@@ -220,6 +242,10 @@ def measured(trainer: Trainer, batch: Any) -> Trainer:
   sizes = jax.device_get(jax.jit(functools.partial(bucket_step, trainer))(batch))
   tables = trainer.tables.with_capacity({name: int(size) for name, size in sizes.items()})
   return dataclasses.replace(trainer, tables=tables)
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+  return [x.shape for x in jax.tree.leaves(tree)]
 
 
 def _placed(ahead: Ahead, batch: Batch) -> Ahead:

@@ -1,5 +1,7 @@
 """Rooms: few sizes, that hold what they must and waste no more than they say."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -47,15 +49,22 @@ def test_no_room_is_larger_than_what_all_examples_can_fill():
     slots(of, 20_000)
 
 
-def test_histories_shrink_and_grow_together():
+def test_a_history_that_needs_less_than_others_has_less_in_steps_of_two_sizes():
   of = Rooms.measured([{"a": 10_000, "b": 500}], {"a": 10**6, "b": 10**6}, MARGIN)
-  events = range(0, 20_000, 50)
+  events = {"a": range(0, 10_000, 50), "b": (0, 90, 240, 350, 500)}
   size = lambda a, b: tuple(of.of({"a": a, "b": b}).values())
-  sizes = {size(a, b) for a in events for b in (0, 90, 240, 500)}
-  alone = {size(a, 0)[0] for a in events}
-  assert {a for a, _ in sizes} == alone and len(sizes) == len(alone) > 5
-  assert size(10, 500) == size(10_000, 500)
-  assert size(10, 600)[0] > 10_300
+  sizes = set()
+  for pair in itertools.product(*events.values()):
+    room = size(*pair)
+    wanted = [n / RATIO + 8 for n in pair]
+    assert all(n <= r and (r == 64 or r < w / RATIO + 8) for n, r, w in zip(pair, room, wanted))
+    # That which needs the most has no more than if it were alone.
+    assert any(r == 64 or r < w for r, w in zip(room, wanted)) or room == size(10_000, 500)
+    sizes.add(room)
+  alone = [{size(a, 0)[0] for a in events["a"]}, {size(0, b)[1] for b in events["b"]}]
+  assert len(alone[0]) < len(sizes) < np.prod([len(x) for x in alone])
+  assert size(10, 500)[1] == size(10_000, 500)[1]
+  assert size(10, 600)[1] > size(10, 500)[1]
 
 
 def test_sequences_never_have_less_than_what_was_measured():

@@ -80,13 +80,10 @@ def test_where_the_batch_behind_cannot_be_read_nothing_has_changed(made):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(out.advance()), tuple(made[1:3]))
 
 
-def test_programs_and_padding_for_the_log(made):
+def test_padding_for_the_log(made):
   out = feed(made)
-  assert out.programs == 0 and out.padding() == 0
-  seen = []
+  assert out.padding() == 0
   for _ in made[1:]:
     out.advance()
-    seen.append(out.programs)
-  assert seen == [2, 3, 4]
   assert out.padding() == pytest.approx(1 - 4 * 3 / (2 * (8 + 16 + 8 + 16)))
   assert out.padding() == 0  # Since the last call.

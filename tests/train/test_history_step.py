@@ -109,7 +109,7 @@ def packed(x_E, lengths, slots, shards):
 
 
 def run(model, histories, data, model_axis, lookup="exact", rooms=(1,) * (STEPS + 1)):
-  """(losses, the state after the last step)."""
+  """(losses, the state after the last step); every room has one program."""
   features = dataclasses.replace(FEATURES, history=FEATURES.history[:histories])
   mesh = make_mesh(data, model_axis, jax.devices()[: data * model_axis])
   config = make_config(model)
@@ -125,6 +125,7 @@ def run(model, histories, data, model_axis, lookup="exact", rooms=(1,) * (STEPS 
     batch, upcoming = upcoming, next(batches)
     state, ahead, report = programs.step(state, ahead, batch, upcoming)
     losses.append(float(report.loss))
+  assert programs.compilations == len(set(rooms[:-1]))
   return np.array(losses), jax.device_get(state)
 
 
