@@ -94,6 +94,8 @@ def _told(error: Exception, argv: list[str]) -> str:
     if dataclasses.is_dataclass(kind):
       fields = ", ".join(field.name for field in dataclasses.fields(kind))
       return f"{kind.__name__} has no field {found[name]!r}; it has {fields}"
+  if found := re.search(r"earlier failure to load: \[Errno \d+\] (.*): '(.*)'", text):
+    return f"{found[2]} cannot be read ({found[1]}); make it readable or name another"
   if "ambiguous type" in text:
     return "which model it is cannot be a flag; set it in a config file, by a variant for example"
   for name in _DICTS:
@@ -144,6 +146,8 @@ def _unraisable(found) -> None:
 
 
 def _sentence(error: Exception) -> str:
+  if isinstance(error, OSError) and error.strerror and error.filename:
+    return f"{error.filename} cannot be used ({error.strerror}); mend that or name another"
   lines = [line.strip() for line in str(error).splitlines()]
   if any(line.endswith("Traceback (most recent call last):") for line in lines):
     # How config_flags tells what a config file raised: where, and in the last line what.

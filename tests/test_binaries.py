@@ -78,6 +78,20 @@ def test_a_platform_named_by_the_user_is_not_overruled(wheels):
   assert found.stdout == "cpu\n" and "computing on the CPU" not in found.stderr
 
 
+def test_what_the_system_refuses_is_named_with_its_file():
+  code = """
+import cli
+print(cli._sentence(PermissionError(13, "Permission denied", "/data/manifest.json")))
+early = "Configuration is not available because of an earlier failure to load: "
+print(cli._told(OSError(early + "[Errno 13] Permission denied: '/x/c.py'"), []))
+"""
+  found = run(code, JAX_PLATFORMS="cpu").stdout.splitlines()
+  assert found == [
+    "/data/manifest.json cannot be used (Permission denied); mend that or name another",
+    "/x/c.py cannot be read (Permission denied); make it readable or name another",
+  ]
+
+
 def test_a_sigterm_that_meets_a_destructor_is_not_lost():
   """Python drops what is raised in there."""
   code = """

@@ -39,14 +39,15 @@ def write_digest(folder: pathlib.Path) -> None:
 def check_digest(folder: pathlib.Path, part: int = 0, parts: int = 1) -> None:
   """Raises CorruptError, which names the file, where `folder` is not what its digest says.
 
-  Of all blocks only each `parts`-th is read, from number `part` on.
+  Of all blocks only each `parts`-th is read, from number `part` on. Raises OSError where one cannot
+  know.
   """
   try:
     digest = json.loads((folder / DIGEST).read_text())
     sizes = {str(name): int(size) for name, (size, _) in digest.items()}
     wanted = [int(crc) for _, crcs in digest.values() for crc in crcs]
     blocks = list(zip(_blocks(sizes), wanted, strict=True))[part::parts]
-  except (OSError, ValueError, TypeError, AttributeError) as error:
+  except (FileNotFoundError, ValueError, TypeError, AttributeError) as error:
     raise CorruptError(f"{folder / DIGEST} is missing or corrupt") from error
   for name, size in sizes.items():
     file = folder / name

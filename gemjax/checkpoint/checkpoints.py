@@ -36,7 +36,7 @@ TEMPORARY = ".orbax-checkpoint-tmp"  # In the name of a folder that is being wri
 REMOVED = ".removed"  # At the end of the name of one that is no longer kept.
 CORRUPT = ".corrupt"  # At the end of the name of one that was passed over.
 
-_UNREAD = "unread: "  # In front of what a process says who could not read a sound checkpoint.
+_UNREAD = "unread: "  # In front of what a process says who could not read a checkpoint.
 
 
 class CheckpointError(RuntimeError):
@@ -222,7 +222,7 @@ class Checkpoints:
       ) from failure
     if unread := next(filter(None, said), ""):
       raise CheckpointError(
-        f"{folder} is sound but could not be read ({unread.removeprefix(_UNREAD)}); the same "
+        f"{folder} could not be read ({unread.removeprefix(_UNREAD)}); mend that, then the same "
         "command tries again"
       ) from failure
     return completed(state, like), ""
@@ -268,12 +268,14 @@ def _wait_for_all(*, key: str, timeout_ms: int) -> None:
 
 
 def _harm(folder: pathlib.Path, part: int, parts: int) -> str:
-  """What is wrong with this part of a checkpoint; empty if it is sound."""
+  """What is wrong with this part of a checkpoint, or why nobody knows; empty if it is sound."""
   try:
     for item in ("notes", "state"):
       check_digest(folder / item, part, parts)
   except CorruptError as error:
     return str(error)
+  except OSError as error:
+    return f"{_UNREAD}{error}"
   return ""
 
 

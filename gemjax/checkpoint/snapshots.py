@@ -92,7 +92,7 @@ class Snapshots:
     """The notes of a snapshot; None where no process has sound ones."""
     found = b""
     for folder in self._of(step):
-      with contextlib.suppress(CorruptError):
+      with contextlib.suppress(CorruptError, OSError):
         found = found or _notes(folder)
     found = first_of_all(found)
     return json.loads(found) if found else None
@@ -191,7 +191,7 @@ class Snapshots:
       try:
         notes = _notes(folder)
         found |= read_parts(folder / STATE, lacking)
-      except CorruptError as error:
+      except (CorruptError, OSError) as error:
         harm = harm or str(error)
       lacking -= found.keys()
     if lacking and not harm:

@@ -60,6 +60,7 @@ class BlockReader:
   def _reader(self, file: int) -> ArrayRecordReader:
     readers = self._open.__dict__
     if file not in readers:
+      self._files[file].open("rb").close()  # ArrayRecord takes what it may not read for empty.
       # Blocks are read in shuffled order: reading ahead would decompress what nobody asked for.
       reader = ArrayRecordReader(
         str(self._files[file]), "readahead_buffer_size:0,max_parallelism:0"

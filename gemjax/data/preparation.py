@@ -117,7 +117,8 @@ def prepare(
       origin |= {"past": past} if past else {}
       return writer.finish(encoder.features, vocabularies=encoder.vocabularies, origin=origin)
   except OSError as error:
-    if error.strerror:  # From the system, not one of our sentences.
+    # From the system, and not one of our sentences, nor of the input.
+    if error.strerror and str(error.filename or output).startswith(str(output)):
       mend = "free the disk or " if error.errno in _FULL else ""
       raise OSError(
         f"writing the prepared data to {output} failed: {error.strerror}; "

@@ -234,9 +234,12 @@ def existing(path: str | os.PathLike) -> pathlib.Path:
 
 
 def fingerprint(path: str | os.PathLike) -> int:
-  """CRC32 of the names and sizes of all files at `path`, and of their first and last MiB."""
+  """CRC32 of the names and sizes of all files at `path` that may be read, and of their first and
+  last MiB.
+  """
   path = pathlib.Path(path)
   files = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
+  files = [f for f in files if os.access(f, os.R_OK)]
   code = 0
   for file in files:
     size = file.stat().st_size

@@ -53,6 +53,11 @@ def _readers(
   known = (*_DELIMITERS, *(f"{e}.gz" for e in _DELIMITERS), ".parquet")
   inside = sorted(path.iterdir())
   for p in inside:
+    below = p.rglob("*") if p.is_dir() and not p.name.startswith((".", "_")) else ()
+    if any(f.name.endswith(known) and f.resolve() not in others for f in below):
+      raise RawDataError(
+        f"{p} is a folder whose data would not be read: move its files to {path}, or it elsewhere"
+      )
     like_data = p.is_file() and _FORMATS & {suffix.lower() for suffix in p.suffixes}
     if like_data and not p.name.endswith(known) and not p.name.startswith((".", "_")):
       raise RawDataError(

@@ -162,6 +162,23 @@ def test_a_hurt_checkpoint_is_set_aside_for_the_newest_sound_one(folder, tmp_pat
     hurt.close()
 
 
+@pytest.mark.parametrize("item", ["state", "notes"])
+def test_what_cannot_be_read_is_not_taken_for_corrupt(folder, item):
+  """Access that was denied is given again: nothing is set aside."""
+  with Checkpoints(folder, keep=2) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, tree(step), {}, best=None)
+      checkpoints.wait()
+    digest = folder / f"{2:09d}" / item / "digest.json"
+    digest.rename(digest.with_name("kept"))
+    digest.mkdir()  # Root may read all files, but no folder as one.
+    with pytest.raises(CheckpointError, match=rf"{2:09d} could not be read .*{item}/digest.json"):
+      checkpoints.restore(jax.eval_shape(tree))
+    digest.rmdir()
+    digest.with_name("kept").rename(digest)
+    assert checkpoints.restore(jax.eval_shape(tree)).step == 2
+
+
 def test_what_does_not_exist(folder):
   with pytest.raises(CheckpointError, match="holds no checkpoint; train first"):
     Checkpoints(folder, read_only=True)

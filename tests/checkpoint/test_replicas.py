@@ -35,7 +35,7 @@ def test_each_reads_its_part(folder):
 def test_one_that_cannot_read_ends_all(folder):
   for code, out, err in restored(folder, 2, fault="1"):
     assert code == 1, err
-    assert "is sound but could not be read (the cable is out); the same command tries again" in out
+    assert "could not be read (the cable is out); mend that, then the same command" in out
 
 
 @pytest.mark.parametrize("mesh, parts", [((1, 4), 4), ((2, 2), 4), ((4, 1), 4)])

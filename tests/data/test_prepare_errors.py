@@ -179,6 +179,20 @@ def test_data_in_a_folder_is_never_left_out(tmp_path, name):
     table(folder, schema)
 
 
+def test_data_below_a_folder_is_never_left_out(tmp_path):
+  folder = tmp_path / "folder"
+  for name in ("a.csv", "_old/a.csv", "notes/a.md"):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(GOOD)
+  (tmp_path / "s.toml").write_text(SCHEMA)
+  schema = load_schema(tmp_path / "s.toml")
+  assert len(table(folder, schema).files[""]) == 1
+  (folder / "day=1" / "hour=2").mkdir(parents=True)
+  (folder / "day=1" / "hour=2" / "b.csv").write_bytes(GOOD)
+  with pytest.raises(RawDataError, match=r"day=1 is a folder whose data would not be read: move"):
+    table(folder, schema)
+
+
 def test_a_folder_in_the_way_is_kept(tmp_path):
   flags = flags_for(tmp_path, 400)
   mine = tmp_path / "out.partial" / "in.csv"
