@@ -19,7 +19,7 @@ DOMAINS = 6  # Surfaces; two rows of the table are missing and unknown.
 
 def get_config(variant: str = "full") -> c.Config:
   fine = c.Attention(heads=4, block=64, rope=10000.0, qk_norm=True, time_buckets=32)
-  coarse = c.Attention(heads=4, rope=10000.0, qk_norm=True)
+  coarse = c.Attention(heads=4, block=512, rope=10000.0, qk_norm=True)
   config = c.Config(
     name="gem_base",
     data=c.Data(path="none: for planning", batch_size=4096, eval_batch_size=4096),

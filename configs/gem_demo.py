@@ -29,7 +29,7 @@ def get_config(variant: str = "full") -> Config:
       mlp=(128,),
       strides=(1, 4),
       fine=Attention(heads=1, block=64, rope=10000.0, qk_norm=True),
-      coarse=Attention(heads=1, rope=10000.0, qk_norm=True),
+      coarse=Attention(heads=1, block=512, rope=10000.0, qk_norm=True),
       domain="domain",
       head=(128,),
     ),

@@ -53,7 +53,7 @@ INTERACTION = {
   "head": (128,),
 }
 FINE = Attention(block=256, rope=10000.0, qk_norm=True)
-COARSE = Attention(rope=10000.0, qk_norm=True)
+COARSE = Attention(block=512, rope=10000.0, qk_norm=True)
 GEM = Gem(
   layers=1,
   **(INTERACTION | {"mlp": (64,)}),

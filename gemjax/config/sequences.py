@@ -101,7 +101,7 @@ class Gem:
     default_factory=lambda: Attention(block=64, rope=10000.0, qk_norm=True)
   )  # Of branches of stride 1.
   coarse: Attention = dataclasses.field(
-    default_factory=lambda: Attention(rope=10000.0, qk_norm=True)
+    default_factory=lambda: Attention(block=512, rope=10000.0, qk_norm=True)
   )  # Of the others, and of the pooling of all; see CrossAttention for what it takes.
   # Exchange between the two: InterFormer's.
   exchange: bool = True  # In every layer; otherwise sequences meet interactions in the head alone.
