@@ -9,20 +9,8 @@ users that training never saw, and what a model has memorised about the others h
 Events' ages are left out, too: users of ML-1M come within months and return years later, at ages
 that training hardly saw (WORKSPACE.md has figures).
 
-ML-100K with the last 30 events, and ML-1M with `--config.data.history=200`; test NE / AUC, means of
-seeds 0, 1, 2; the evaluation with the best NE on valid is tested:
-
-  | model                   | ML-100K       | ML-1M         |
-  |-------------------------|---------------|---------------|
-  | GEM, `:next_event`      | .8255 / .7696 | .8290 / .7673 |
-  | GEM                     | .8282 / .7686 | .8398 / .7596 |
-  | GEM, `:sum_mlp`         | .8320 / .7654 | .8391 / .7602 |
-  | InterFormer             | .8365 / .7621 | .8399 / .7598 |
-  | DIN                     | .8439 / .7586 | .8615 / .7477 |
-  | Wukong, pooled history  | .8601 / .7456 | .8686 / .7402 |
-
-GEM takes 72 s of steps on ML-100K and 275 s on ML-1M, on one core of an Intel Xeon with AVX-512
-whose other core was busy, beside some 50 s of compilation.
+README.md has the test NE and AUC of all, on ML-100K with the last 30 events and on ML-1M with
+`--config.data.history=200`.
 """
 
 import dataclasses
