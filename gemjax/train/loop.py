@@ -29,6 +29,8 @@ from gemjax.train.stopping import BestSoFar
 from gemjax.train.termination import Terminated, Termination
 from gemjax.train.workdir import Workdir, saved_steps
 
+_KEPT = ("valid", "train_loss", "seconds")
+
 
 def train(
   config: config_lib.Config, workdir: pathlib.Path, phases: Phases | None = None
@@ -80,13 +82,13 @@ class _Run:
 
   def _begin(self) -> TrainState:
     """The last sound state, or the first, while a thread reads batches and has programs ready."""
-    beginning, notes = self.feed.get_state(), self.recovery.likely_notes()
-    likely = notes["position"] if notes else beginning
+    beginning, notes = self.feed.get_state(), self.recovery.likely_notes() or {}
+    likely = notes.get("position", beginning)
     if notes:
       self.feed.set_state(likely)
     self.peers.phase("first batch")
     # By a program of all processes: not beside Orbax, which runs some of its own.
-    self.programs.measure(lambda: self.feed.upcoming)
+    self.programs.measure(lambda: self.feed.upcoming, notes.get("exchange"))
     with ThreadPoolExecutor(1, "compile") as beside:
       ready = beside.submit(self._prepare)
       with self.phases("state"):
@@ -241,10 +243,9 @@ class _Run:
     notes = {
       "position": self.feed.get_state(),
       "best": self.best.to_json(),
-      "valid": self.valid,
-      "train_loss": self.train_loss,
-      "seconds": self.seconds,
+      **{name: getattr(self, name) for name in _KEPT},
       "pending": pending,
+      "exchange": self.programs.exchange,
       # A checkpoint tells on its own what it was trained with.
       "config": self.config.to_json(),
       "features": self.data.features.to_json(),
@@ -255,8 +256,7 @@ class _Run:
   def _recall(self, notes: dict[str, Any]) -> None:
     """Goes on where the run was when it saved these."""
     self.best = BestSoFar(**notes["best"])
-    for name in ("valid", "train_loss", "seconds"):
-      setattr(self, name, notes[name])
+    vars(self).update({name: notes[name] for name in _KEPT})
     self.pending = notes.get("pending", False)
 
   def _best(self, last: TrainState) -> TrainState:

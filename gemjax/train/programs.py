@@ -94,10 +94,22 @@ class Programs:
     """How many programs of `step` there are by now, one for every shape of batches."""
     return self._step.compilations if self._step else 0
 
-  def measure(self, batch: Callable[[], Batch]) -> None:
-    """Makes room for the exchange of a first batch, if its room depends on the batch."""
+  @property
+  def exchange(self) -> dict[str, Any]:
+    """The room of the exchange of rows, once measured, and of which mesh it is."""
+    tables, mesh = self._trainer.tables, self._trainer.mesh
+    return {"mesh": dict(mesh.shape), "rows": tables.capacity}
+
+  def measure(self, batch: Callable[[], Batch], before: dict[str, Any] | None = None) -> None:
+    """Makes room for the exchange of a first batch, if its room depends on the batch; as much as
+    there was `before`, on the same mesh: a run that goes on has the programs that it had.
+    """
     if self._step is None:
-      if not self._trainer.tables.measured:
+      tables = self._trainer.tables
+      if before and before["mesh"] == self.exchange["mesh"] and not tables.measured:
+        tables = dataclasses.replace(tables, capacity=before["rows"])
+        self._trainer = dataclasses.replace(self._trainer, tables=tables)
+      if not tables.measured:
         self._trainer = measured(self._trainer, batch())
       kept = self._kept(self._trainer)
       self._plan = Compiled("plan", functools.partial(plan_step, self._trainer), kept, varying=(0,))

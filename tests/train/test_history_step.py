@@ -174,3 +174,27 @@ def test_rooms_that_come_and_go_change_no_loss(lookup):
   expected, _ = run(model, 2, 1, 2, lookup)
   losses, _ = run(model, 2, 1, 2, lookup, rooms=(1, 2, 1, 1, 2, 2))
   np.testing.assert_allclose(losses, expected, rtol=1e-6)
+
+
+def test_a_run_that_goes_on_has_the_room_that_it_had():
+  """On its mesh it measures no batch; on another one it does."""
+  mesh = make_mesh(1, 2, jax.devices()[:2])
+  trainer = make_trainer(make_config(c.Din(hidden=(8,), head=(8,))), FEATURES, STEPS, mesh)
+  measured = []
+
+  def programs(before=None):
+    def batch():
+      measured.append(before)
+      return to_devices(mesh, make_batch(FEATURES, len(measured), mesh.size))
+
+    made = Programs(trainer)
+    made.measure(batch, before)
+    return made.exchange
+
+  first = programs()
+  assert first["rows"] and first["mesh"] == {"data": 1, "model": 2}
+  wider = first | {"rows": {name: 2 * room for name, room in first["rows"].items()}}
+  assert programs(wider) == wider and len(measured) == 1
+  elsewhere = wider | {"mesh": {"data": 2, "model": 1}}
+  assert programs(elsewhere)["rows"].keys() == first["rows"].keys()
+  assert len(measured) == 2
