@@ -50,7 +50,7 @@ def candidate_token(x, places, w):
 
 
 def wukong_layer(x, w, fmb_units):
-  pairs = x @ (x.T @ w["fm"]["y_NK"])
+  pairs = x @ (x.T @ w["fm"]["y_NK"] if "fm" in w else x.T)
   fmb = mlp(layer_norm(pairs.reshape(-1), w["fm_norm"]), w["mlp"]).reshape(fmb_units, -1)
   residual = over_units(x, w["residual"]) if w.get("residual") else x
   return layer_norm(np.concatenate([fmb, over_units(x, w["compress"])]) + residual, w["norm"])

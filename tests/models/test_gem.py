@@ -102,7 +102,10 @@ def oracle(config, w, x, histories, domain_B=None):
       assert len(w["interests"][i]["weigh"]["layers"][0]["bias"]) == config.interest
       interests.append(interest(s, candidate[0], w["interests"][i], mean=True)[None])
     if config.next_event:
-      s = transformer(s, age, w["fronts"][i], config.fine, causal=True)
+      if config.cell == "hstu":
+        s = hstu(s, age, w["fronts"][i], config.fine, SPECS[i].length)
+      else:
+        s = transformer(s, age, w["fronts"][i], config.fine, causal=True)
     branches += [Branch(config, SPECS[i], stride, s, age, candidate) for stride in config.strides]
   x = np.concatenate([x, *interests])
   memories = [over_units(x, w["memory"])] if config.memory_units else []
@@ -235,8 +238,8 @@ def test_a_part_is_switched_off(quickly_compiled, whole, name):
   off.check_forward()
 
 
-def test_hstu_cells(quickly_compiled):
-  case(dataclasses.replace(CONFIG, cell="hstu"), 1).check_forward()
+def test_hstu_cells_one_in_front_and_plain_products(quickly_compiled):
+  case(dataclasses.replace(CONFIG, cell="hstu", next_event=0.1, fm="basic"), 1).check_forward()
 
 
 @pytest.mark.parametrize("strides", [(1, 3), (3,)])
