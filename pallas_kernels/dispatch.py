@@ -21,10 +21,17 @@ import jax
 
 Implementation = Callable[..., Any]
 INTERPRETED = ("triton", "mosaic")  # These take `interpret`.
+_NAMES = ("xla", "triton", "reference")
 
 
 class Refused(ValueError):
   """An implementation cannot do what was asked of it."""
+
+
+def check(op: str, name: str | None) -> None:
+  """Raises Refused for a name that no op without a Mosaic kernel has."""
+  if name not in (None, *_NAMES):
+    raise Refused(f"{op}: implementation {name!r} is not one of {', '.join(_NAMES)}")
 
 
 def dispatch(

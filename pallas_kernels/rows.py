@@ -22,12 +22,16 @@ ELEMENTS = 4_096  # Of a tile. 32 a thread: four loads of 16 bytes in flight in 
 Source = tuple[jax.Array, jax.Array]  # x_TW, index_M.
 
 
-def check_rows(op: str, name: str, x: jax.Array, ndim: int = 2) -> None:
-  """ValueError unless `x` is floating and of `ndim` axes."""
-  if x.ndim != ndim or not jnp.issubdtype(x.dtype, jnp.floating):
+def check_rows(op: str, name: str, x: jax.Array, ndim: int = 2, *, moved: bool = False) -> None:
+  """ValueError unless `x` is floating and of `ndim` axes, and of 16 bits or more unless it is only
+  `moved`.
+  """
+  floating = jnp.issubdtype(x.dtype, jnp.floating) and (moved or x.dtype.itemsize > 1)
+  if x.ndim != ndim or not floating:
     axes = {2: "(rows, width)", 3: "(segments, length, width)"}[ndim]
+    bits = "" if moved else " and of 16 bits or more"
     raise ValueError(
-      f"{op}: {name} must be floating of shape {axes}, is {x.dtype} of shape {x.shape}"
+      f"{op}: {name} must be floating of shape {axes}{bits}, is {x.dtype} of shape {x.shape}"
     )
 
 
@@ -110,6 +114,7 @@ def take_rows(x_RW: jax.Array, row_M: jax.Array) -> jax.Array:
     x_RW: Its rows.
     row_M: int32.
   """
+  x_RW, row_M = jnp.asarray(x_RW), jnp.asarray(row_M)
   found_M, inside_M = found(row_M, len(x_RW))
   return jnp.where(found_M[:, None], copied(x_RW, inside_M), 0)
 

@@ -10,15 +10,33 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def check_offsets(op: str, name: str, offsets_S1: jax.Array) -> None:
-  """ValueError unless `offsets_S1` are int32 of shape (S + 1,)."""
-  if offsets_S1.ndim != 1 or not len(offsets_S1) or offsets_S1.dtype != jnp.int32:
+def as_offsets(op: str, name: str, offsets_S1: jax.typing.ArrayLike) -> jax.Array:
+  """`offsets_S1` as a JAX array.
+
+  Raises:
+    ValueError: They are not integers of shape (S + 1,), int32 where they are a JAX array. Values of
+      NumPy's and of lists must rise from 0 or more; what is on a device is not waited for, and what
+      is traced has none yet.
+  """
+  given = offsets_S1 if isinstance(offsets_S1, jax.Array) else np.asarray(offsets_S1)
+  fits = given.dtype == jnp.int32 if isinstance(given, jax.Array) else given.dtype.kind == "i"
+  if given.ndim != 1 or not len(given) or not fits:
     raise ValueError(
       f"{op}: {name} must be int32 of shape (segments + 1,), "
-      f"is {offsets_S1.dtype} of shape {offsets_S1.shape}"
+      f"is {given.dtype} of shape {given.shape}"
     )
+  if isinstance(given, np.ndarray):
+    ends_S1 = given.astype(np.int64)
+    if ends_S1[0] < 0 or ends_S1[-1] >= 2**31 or (np.diff(ends_S1) < 0).any():
+      s = int(np.argmax(np.diff(ends_S1, prepend=0) < 0))
+      at = f"entry {s} is {given[s]} behind {given[s - 1] if s else 0}"
+      at = at if ends_S1[-1] < 2**31 else f"the last is {given[-1]}"
+      raise ValueError(f"{op}: {name} must rise from 0 or more and stay below 2^31, but {at}")
+    given = given.astype(np.int32)
+  return jnp.asarray(given)
 
 
 def segment_of_rows(offsets_S1: jax.Array, rows: int) -> jax.Array:

@@ -65,7 +65,9 @@ def embedding_bag(
 
   Source: `torch.nn.EmbeddingBag`; mean with weights as in FBGEMM's pooled lookup.
   """
-  table_RW, id_N, offsets_S1 = map(jnp.asarray, (table_RW, id_N, offsets_S1))
+  dispatch.check(_OP, implementation)
+  table_RW, id_N = jnp.asarray(table_RW), jnp.asarray(id_N)
+  offsets_S1 = segments.as_offsets(_OP, "offsets", offsets_S1)
   weight_N = None if weight_N is None else jnp.asarray(weight_N)
   _check(table_RW, id_N, offsets_S1, weight_N, mode)
   if implementation == "reference":
@@ -107,7 +109,9 @@ def embedding_bag_gradients(
   Raises:
     ValueError: As `embedding_bag`; dy of another shape than y.
   """
-  dy_SW, table_RW, id_N, offsets_S1 = map(jnp.asarray, (dy_SW, table_RW, id_N, offsets_S1))
+  dispatch.check(_OP, implementation)
+  dy_SW, table_RW, id_N = map(jnp.asarray, (dy_SW, table_RW, id_N))
+  offsets_S1 = segments.as_offsets(_OP, "offsets", offsets_S1)
   weight_N = None if weight_N is None else jnp.asarray(weight_N)
   _check(table_RW, id_N, offsets_S1, weight_N, mode)
   rows.check_rows(_OP, "dy", dy_SW)
@@ -140,7 +144,6 @@ def embedding_bag_gradients(
 
 def _check(table_RW, id_N, offsets_S1, weight_N, mode):
   rows.check_rows(_OP, "table", table_RW)
-  segments.check_offsets(_OP, "offsets", offsets_S1)
   if id_N.ndim != 1 or id_N.dtype != jnp.int32:
     raise ValueError(f"{_OP}: ids must be int32 of shape (ids,), are {id_N.dtype} {id_N.shape}")
   if weight_N is not None and (

@@ -54,6 +54,8 @@ def fm_interaction(
 
   Source: Wukong, arXiv 2403.02545, section 3.4 (optimised and attentive FM, and the norm in FMB).
   """
+  x_BND, y = jnp.asarray(x_BND), jnp.asarray(y)
+  scale_F, bias_F = (None if a is None else jnp.asarray(a) for a in (scale_F, bias_F))
   _check(x_BND, y, scale_F, bias_F, eps)
   if not x_BND.shape[0]:
     return jnp.zeros((0, y.shape[-2] * y.shape[-1]), x_BND.dtype)

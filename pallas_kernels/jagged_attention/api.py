@@ -70,7 +70,8 @@ def jagged_attention(
     window: Sees only keys nearer than this many positions; of those with `causal` the past ones.
     block: Sees only the keys of its own block of so many positions (GEM's BlockAttention has 64).
     kv_segment_S: int32: whose keys a segment of queries attends to, so that candidates of one
-      request share its keys. Where it falls more is visited. Its own number unless given.
+      request share its keys; none where there is no such segment. Where it falls more is visited.
+      Its own number unless given.
     biases: Additive relative biases, each with a table (H, N) that has a gradient.
     qk_norm: (gain_D of queries, gain_D of keys): RMS norm of each head before the product.
     rope: Base of rotary positions, such as 10000; None for none. D must be even.
@@ -94,8 +95,12 @@ def jagged_attention(
     raise Refused(
       f"{_OP}: implementation {implementation!r} is not one of {', '.join(_IMPLEMENTATIONS)}"
     )
-  q_THD, k_EHD, v_EHD, q_offsets_S1 = map(jnp.asarray, (q_THD, k_EHD, v_EHD, q_offsets_S1))
-  kv_offsets_S1 = q_offsets_S1 if kv_offsets_S1 is None else jnp.asarray(kv_offsets_S1)
+  q_THD, k_EHD, v_EHD = map(jnp.asarray, (q_THD, k_EHD, v_EHD))
+  shared = kv_offsets_S1 is None or kv_offsets_S1 is q_offsets_S1
+  q_offsets_S1 = segments.as_offsets(_OP, "q_offsets", q_offsets_S1)
+  if not shared:
+    kv_offsets_S1 = segments.as_offsets(_OP, "kv_offsets", kv_offsets_S1)
+  kv_offsets_S1 = q_offsets_S1 if shared else kv_offsets_S1
   own = kv_offsets_S1 is q_offsets_S1 and kv_segment_S is None
   if kv_offsets_S1 is q_offsets_S1 and q_THD.shape[:1] != k_EHD.shape[:1]:
     raise ValueError(
@@ -132,7 +137,7 @@ def jagged_attention(
   k_EHD = rotary.prepare(k_EHD, gain_k, place_E, rope)
   gain_T = jnp.ones(q_THD.shape[:1], jnp.float32)
   if norm == "length":
-    gain_T /= jnp.maximum(seen.keys_T, 1)
+    gain_T /= jnp.maximum(seen.keys_T, 1).astype(jnp.float32)
   elif norm is not None:
     gain_T /= norm
   plan = Plan(
@@ -204,18 +209,18 @@ def _check(q_THD, k_EHD, v_EHD, q_offsets_S1, kv_offsets_S1, kv_segment_S, biase
       f"{_OP}: q must be (queries, heads, width), k and v both (keys, heads, width), "
       f"are {q_THD.shape}, {k_EHD.shape}, {v_EHD.shape}"
     )
-  if q_THD.shape[1:] != k_EHD.shape[1:]:
+  if q_THD.shape[1:] != k_EHD.shape[1:] or not all(q_THD.shape[1:]):
     raise ValueError(
-      f"{_OP}: q and k must have the same heads and width, "
+      f"{_OP}: q and k must have the same heads and width, at least 1, "
       f"have {q_THD.shape[1:]}, {k_EHD.shape[1:]}"
     )
-  if not q_THD.dtype == k_EHD.dtype == v_EHD.dtype or not jnp.issubdtype(q_THD.dtype, jnp.floating):
+  if not q_THD.dtype == k_EHD.dtype == v_EHD.dtype or not (
+    jnp.issubdtype(q_THD.dtype, jnp.floating) and q_THD.dtype.itemsize > 1
+  ):
     raise ValueError(
-      f"{_OP}: q, k and v must have one float dtype, "
+      f"{_OP}: q, k and v must have one float dtype of 16 bits or more, "
       f"have {q_THD.dtype}, {k_EHD.dtype}, {v_EHD.dtype}"
     )
-  segments.check_offsets(_OP, "q_offsets", q_offsets_S1)
-  segments.check_offsets(_OP, "kv_offsets", kv_offsets_S1)
   queried = len(q_offsets_S1) - 1
   if kv_segment_S is not None:
     if kv_segment_S.shape != (queried,) or kv_segment_S.dtype != jnp.int32:

@@ -44,7 +44,8 @@ def visible(
   Args:
     q_offsets_S1: Segments of the queries.
     kv_offsets_S1: Segments of the keys.
-    kv_segment_S: Whose keys a segment of queries attends to; its own number unless given.
+    kv_segment_S: Whose keys a segment of queries attends to, none if there is no such one; its own
+      number unless given.
     queries: T.
     causal: See above, as `window` and `block`; together they narrow each other.
   """
@@ -53,8 +54,11 @@ def visible(
     return Visible(*(jnp.zeros((queries,), jnp.int32),) * 4)
   segment_T = segments.segment_of_rows(q_offsets_S1, queries)
   inside_T = (segment_T >= 0) & (segment_T < count)
-  segment_T = jnp.clip(segment_T, 0, count - 1)
-  kv_T = segment_T if kv_segment_S is None else kv_segment_S[segment_T]
+  kv_T = segment_T = jnp.clip(segment_T, 0, count - 1)
+  if kv_segment_S is not None:
+    kv_T = kv_segment_S[segment_T]
+    inside_T &= (kv_T >= 0) & (kv_T < len(kv_offsets_S1) - 1)
+    kv_T = jnp.clip(kv_T, 0, len(kv_offsets_S1) - 2)
   start_T, end_T = kv_offsets_S1[kv_T], kv_offsets_S1[kv_T + 1]
   place_T = jnp.arange(queries, dtype=jnp.int32) - q_offsets_S1[segment_T]
   keys_T = end_T - start_T

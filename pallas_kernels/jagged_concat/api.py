@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import rows, segments
+from pallas_kernels import dispatch, rows, segments
 from pallas_kernels.jagged_concat import reference
 
 _OP = "jagged_concat"
@@ -46,14 +47,15 @@ def jagged_concat(
     ValueError: No array, another number of offsets, other dtypes, widths or numbers of segments,
       negative room, an unknown implementation.
   """
-  xs, offsets = tuple(map(jnp.asarray, xs)), tuple(map(jnp.asarray, offsets))
+  dispatch.check(_OP, implementation)
+  xs = tuple(map(jnp.asarray, xs))
+  offsets = tuple(segments.as_offsets(_OP, f"offsets[{k}]", x) for k, x in enumerate(offsets))
   if not xs or len(xs) != len(offsets):
     raise ValueError(
       f"{_OP}: {len(xs)} arrays need as many offsets and at least one, got {len(offsets)}"
     )
   for k, (x_TW, offsets_S1) in enumerate(zip(xs, offsets)):
-    rows.check_rows(_OP, f"xs[{k}]", x_TW)
-    segments.check_offsets(_OP, f"offsets[{k}]", offsets_S1)
+    rows.check_rows(_OP, f"xs[{k}]", x_TW, moved=True)
     if (x_TW.shape[1], x_TW.dtype) != (xs[0].shape[1], xs[0].dtype):
       raise ValueError(
         f"{_OP}: xs[{k}] is {x_TW.dtype} of width {x_TW.shape[1]}, "
@@ -65,8 +67,8 @@ def jagged_concat(
         f"offsets[0] have {len(offsets[0]) - 1}"
       )
   rows_out = sum(len(x_TW) for x_TW in xs) if rows_out is None else rows_out
-  if rows_out < 0:
-    raise ValueError(f"{_OP}: rows_out must be 0 or more, is {rows_out}")
+  if not isinstance(rows_out, Integral) or rows_out < 0:
+    raise ValueError(f"{_OP}: rows_out must be a whole number of 0 or more, is {rows_out}")
   if implementation == "reference":
     return reference.jagged_concat(xs, offsets, rows_out)
   if len(offsets[0]) == 1:

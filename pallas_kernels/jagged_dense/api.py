@@ -6,11 +6,12 @@ Letters: S segments, T rows, L rows of a padded segment, W width.
 from __future__ import annotations
 
 import functools
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import rows, segments
+from pallas_kernels import dispatch, rows, segments
 from pallas_kernels.jagged_dense import reference
 
 
@@ -47,11 +48,11 @@ def jagged_to_dense(
   Source: `torch.ops.fbgemm.jagged_to_padded_dense`, which cuts in the same way.
   """
   op = "jagged_to_dense"
-  x_TW, offsets_S1 = jnp.asarray(x_TW), jnp.asarray(offsets_S1)
-  rows.check_rows(op, "x", x_TW)
-  segments.check_offsets(op, "offsets", offsets_S1)
-  if max_length < 0:
-    raise ValueError(f"{op}: max_length must be 0 or more, is {max_length}")
+  dispatch.check(op, implementation)
+  x_TW, offsets_S1 = jnp.asarray(x_TW), segments.as_offsets(op, "offsets", offsets_S1)
+  rows.check_rows(op, "x", x_TW, moved=True)
+  if not isinstance(max_length, Integral) or max_length < 0:
+    raise ValueError(f"{op}: max_length must be a whole number of 0 or more, is {max_length}")
   shape = (len(offsets_S1) - 1, max_length, x_TW.shape[1])
   if 0 in (*x_TW.shape, *shape):  # Nothing to move.
     return jnp.full(shape, padding_value, x_TW.dtype)
@@ -84,13 +85,13 @@ def dense_to_jagged(
   Source: `torch.ops.fbgemm.dense_to_jagged`.
   """
   op = "dense_to_jagged"
-  y_SLW, offsets_S1 = jnp.asarray(y_SLW), jnp.asarray(offsets_S1)
-  rows.check_rows(op, "y", y_SLW, ndim=3)
-  segments.check_offsets(op, "offsets", offsets_S1)
+  dispatch.check(op, implementation)
+  y_SLW, offsets_S1 = jnp.asarray(y_SLW), segments.as_offsets(op, "offsets", offsets_S1)
+  rows.check_rows(op, "y", y_SLW, ndim=3, moved=True)
   if len(y_SLW) != len(offsets_S1) - 1:
     raise ValueError(f"{op}: y has {len(y_SLW)} segments, offsets have {len(offsets_S1) - 1}")
-  if rows_out < 0:
-    raise ValueError(f"{op}: rows_out must be 0 or more, is {rows_out}")
+  if not isinstance(rows_out, Integral) or rows_out < 0:
+    raise ValueError(f"{op}: rows_out must be a whole number of 0 or more, is {rows_out}")
   if 0 in (rows_out, *y_SLW.shape):
     return jnp.zeros((rows_out, y_SLW.shape[2]), y_SLW.dtype)
   if implementation == "reference":

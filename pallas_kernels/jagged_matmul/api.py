@@ -47,9 +47,10 @@ def jagged_matmul(
   Source: the personalised feed-forward layer of InterFormer (arXiv:2411.09852, PFFN: a matrix for
     every example); FBGEMM's `jagged_dense_bmm`, without its padding.
   """
-  x_TK, w_SKN, offsets_S1 = (jnp.asarray(a) for a in (x_TK, w_SKN, offsets_S1))
+  dispatch.check(_OP, implementation)
+  x_TK, w_SKN = jnp.asarray(x_TK), jnp.asarray(w_SKN)
+  offsets_S1 = segments.as_offsets(_OP, "offsets", offsets_S1)
   rows.check_rows(_OP, "x", x_TK)
-  segments.check_offsets(_OP, "offsets", offsets_S1)
   S, K = len(offsets_S1) - 1, x_TK.shape[1]
   if w_SKN.ndim != 3 or w_SKN.shape[:2] != (S, K) or w_SKN.dtype != x_TK.dtype:
     raise ValueError(

@@ -6,6 +6,7 @@ Letters: S segments, T rows, W width, K last rows.
 from __future__ import annotations
 
 import functools
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +54,13 @@ def jagged_pool(
 
   Source: "last" is S_recentK of InterFormer (arXiv:2411.09852) and of HSTU's newest events.
   """
-  x_TW, offsets_S1 = jnp.asarray(x_TW), jnp.asarray(offsets_S1)
-  rows.check_rows(_OP, "x", x_TW)
-  segments.check_offsets(_OP, "offsets", offsets_S1)
+  dispatch.check(_OP, implementation)
+  x_TW, offsets_S1 = jnp.asarray(x_TW), segments.as_offsets(_OP, "offsets", offsets_S1)
+  rows.check_rows(_OP, "x", x_TW, moved=mode == "last")
   if mode not in MODES:
     raise ValueError(f"{_OP}: mode must be one of {', '.join(MODES)}, is {mode!r}")
-  if (mode == "last") != (k is not None) or (k is not None and k < 1):
+  known = k is not None
+  if (mode == "last") != known or (known and not (isinstance(k, Integral) and k >= 1)):
     raise ValueError(f"{_OP}: 'last', and it alone, takes k of 1 or more; mode {mode!r} got k={k}")
   if 0 in (*x_TW.shape, len(offsets_S1) - 1):
     # Nothing to pool, and no row to differentiate by.

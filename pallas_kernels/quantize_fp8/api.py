@@ -61,7 +61,7 @@ def quantize_fp8(
   Source: Micikevicius et al. 2022 (FP8 formats); OCP Microscaling 1.0 for scales of powers of two,
   which saturates where ours takes the next scale.
   """
-  dtype = jnp.dtype(dtype)
+  x, dtype = jnp.asarray(x), jnp.dtype(dtype)
   _check(x, granularity, dtype)
   words = None if key is None else noise.words_of(OP, key)
   if not x.size:

@@ -36,9 +36,9 @@ def bias(columns, bits=1, signed=False):
 q_gain = np.ones(16, np.float32)
 BAD = {
   "shapes": (lambda q, o: (q[:, 0], q, q, o), {}, r"q must be \(queries, heads, width\)"),
-  "heads": (lambda q, o: (q, q[:, :1], q[:, :1], o), {}, r"same heads and width, have \(2, 16\)"),
+  "heads": (lambda q, o: (q, q[:, :1], q[:, :1], o), {}, r"width, at least 1, have \(2, 16\)"),
   "dtypes": (lambda q, o: (q, q.astype(np.float16), q, o), {}, "one float dtype"),
-  "integers": (lambda q, o: (q.astype(int),) * 3 + (o,), {}, "one float dtype, have int32"),
+  "integers": (lambda q, o: (q.astype(int),) * 3 + (o,), {}, "of 16 bits or more, have int32"),
   "offsets": (lambda q, o: (q, q, q, o.astype(float)), {}, "q_offsets must be int32"),
   "segments": (lambda q, o: (q, q, q, o, o[:-1]), {}, "3 segments and keys 2; give kv_segment"),
   "activation": (lambda q, o: (q, q, q, o), {"activation": "relu"}, "'relu' is not one of softmax"),

@@ -210,6 +210,18 @@ def rotated(x, position, base=100.0):
 
 
 @pytest.mark.parametrize("implementation", ("xla", "triton"))
+def test_keys_of_no_segment_are_not_seen(implementation):
+  """Neither before the first nor behind the last: nothing wraps around."""
+  q, k, v, _, *offsets = jagged(np.array([5, 6, 3]), kv_length_S=np.array([6, 3, 9]))
+  run = functools.partial(jagged_attention, q, k, v, *offsets)
+  found = run(kv_segment_S=np.array([-2, 1, 3], np.int32), implementation=implementation)
+  wanted = run(implementation="reference")
+  first, a, b, last = offsets[0]
+  np.testing.assert_allclose(found[a:b], wanted[a:b], atol=2e-5)
+  assert not found[first:a].any() and not found[b:last].any()
+
+
+@pytest.mark.parametrize("implementation", ("xla", "triton"))
 def test_norm_and_rotary_positions_inside(implementation):
   q, k, v, g, q_offsets, kv_offsets = jagged(np.array([5, 0, 70]), kv_length_S=np.array([6, 3, 90]))
   gain_q, gain_k = (np.random.default_rng(i).uniform(0.5, 2, 16).astype(np.float32) for i in (1, 2))

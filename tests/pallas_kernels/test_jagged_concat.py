@@ -107,7 +107,12 @@ def test_bad_arguments():
     ((x_TW, x_TW.astype("bfloat16")), (offsets_S1,) * 2, {}, r"xs\[1\] is bfloat16"),
     ((x_TW,) * 2, (offsets_S1, offsets_S1[:2]), {}, r"offsets\[1\] have 1 segments"),
     ((x_TW, x_TW[0]), (offsets_S1,) * 2, {}, r"xs\[1\] must be floating of shape"),
-    ((x_TW,), (offsets_S1,), {"rows_out": -1}, "rows_out must be 0 or more, is -1"),
+    (
+      (x_TW,),
+      (offsets_S1,),
+      {"rows_out": -1},
+      "rows_out must be a whole number of 0 or more, is -1",
+    ),
     ((x_TW,), (offsets_S1,), {"implementation": "a"}, "'a' is not one of"),
   ):
     with pytest.raises(ValueError, match=sentence):

@@ -110,11 +110,17 @@ def test_bad_arguments():
   for call, sentence in (
     (lambda: jagged_to_dense(x_TW[0], offsets_S1, 3), "x must be floating of shape"),
     (lambda: jagged_to_dense(x_TW, offsets_S1 * 1.0, 3), "offsets must be int32"),
-    (lambda: jagged_to_dense(x_TW, offsets_S1, -1), "max_length must be 0 or more, is -1"),
+    (
+      lambda: jagged_to_dense(x_TW, offsets_S1, -1),
+      "max_length must be a whole number of 0 or more, is -1",
+    ),
     (lambda: jagged_to_dense(x_TW, offsets_S1, 3, implementation="a"), "'a' is not one of"),
     (lambda: dense_to_jagged(x_TW, offsets_S1, 3), "y must be floating of shape"),
     (lambda: dense_to_jagged(y_SLW, offsets_S1[:2], 3), "y has 2 segments, offsets have 1"),
-    (lambda: dense_to_jagged(y_SLW, offsets_S1, -3), "rows_out must be 0 or more, is -3"),
+    (
+      lambda: dense_to_jagged(y_SLW, offsets_S1, -3),
+      "rows_out must be a whole number of 0 or more, is -3",
+    ),
   ):
     with pytest.raises(ValueError, match=sentence):
       call()
