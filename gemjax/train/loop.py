@@ -179,7 +179,7 @@ class _Run:
         self._check_finite(state := self.programs.settle(state, ahead))
       self._save(state, done, lasting=True, pending=not ahead)
       self.recovery.end()
-      self.progress.say(f"step {done:,} is saved: with sound data the same command goes on there")
+      self.progress.say(f"step {done:,} is saved: the same command goes on there with whole files")
     raise lost
 
   def _clock(self) -> float:
