@@ -179,12 +179,15 @@ class Programs:
     the upcoming batch has another shape, programs of its own plan it and read its rows.
     """
     alone = _shapes(batch) != _shapes(upcoming)
-    owed = self._plan.prepare((batch,), lambda: (batch,)).outputs.owed
-    if self._settle and (alone or _shapes(ahead.owed) != _shapes(owed)):
+    if self._settle and (alone or _shapes(ahead.owed) != _shapes(self._nothing(batch))):
       state, ahead = self.settle(state, ahead), ahead._replace(owed=self._plan(batch).owed)
     behind = self.ahead(state, upcoming) if alone else None
     state, ahead, report = self._stepped(state, ahead, batch, batch if alone else upcoming)
     return state, behind._replace(owed=ahead.owed) if alone else ahead, report
+
+  def _nothing(self, batch: Batch) -> Any:
+    """What is owed, in shapes, where it is an update of no row of `batch`."""
+    return self._plan.prepare((batch,), lambda: (batch,)).outputs.owed
 
   def _stepped(self, state: TrainState, *args: Any) -> tuple[TrainState, Ahead, Report]:
     if self._profile is None:
